@@ -1,0 +1,8 @@
+"""What should run, by when: decisions without I/O. Structs and the time go in, structs come out.
+
+Rooms: ``catalog`` (registering), ``routing`` (events to routes), ``admission`` (the first invocation of a run), ``qos``
+(deadlines and lanes), ``effects`` (an outcome and what it starts), ``scopes`` (branches that end together), ``retries``
+(another attempt or not). ``examples/`` holds the science functions that ship with Headrace.
+
+May import ``headrace`` and ``streams``.
+"""

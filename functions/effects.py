@@ -1,0 +1,408 @@
+"""From an outcome to messages: what one finished invocation appends to the log, as one unit.
+
+The work it starts comes first and the outcome last. Should a power cut tear the unit apart, the outcome is missing
+rather than the work: the invocation runs again, and whatever it starts twice has the same ids and counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from msgspec import Struct, structs
+
+from functions import routing
+from functions.admission import admit
+from functions.qos import deadline_of, lane
+from headrace.errors import TooLarge, UserError
+from headrace.model import ErrorInfo, InvocationState, RunState, TimeLedger
+from headrace.names import invocation_id
+from headrace.wire import (
+    NOTHING,
+    SPREAD,
+    SPREADER,
+    Call,
+    Effect,
+    Emit,
+    EventMeta,
+    FunctionRecord,
+    Invocation,
+    Map,
+    Outcome,
+    Payload,
+    RouteRecord,
+    RunEnd,
+    Slot,
+    Spread,
+    encode,
+)
+from streams.log import UNIT_MESSAGES_MAX, Record
+from streams.topology import done_subject, work_subject
+
+DEPTH_MAX = 1000
+MEMBERS_AT_ONCE_MAX = 256
+EMPTY_LIST = Payload(body=b"[]", size=2)
+
+
+class Attempted(Struct, frozen=True, kw_only=True):
+    """The times of one attempt, in epoch seconds: ``queued_at`` by the log's clock, the others by the worker's."""
+
+    attempt: int
+    worker: str
+    queued_at: float
+    started_at: float
+    ended_at: float
+
+
+class World(Struct, frozen=True, kw_only=True):
+    """What an outcome is committed against: the functions and routes as registered at this moment, and the time."""
+
+    function: Callable[[str], FunctionRecord | None]
+    routes: Iterable[RouteRecord]
+    now: float
+
+
+def spent(invocation: Invocation, tried: Attempted) -> TimeLedger:
+    """Return the time ledger up to the end of this attempt. Clocks of two machines may differ: no part is negative."""
+    before = invocation.spent
+    sent = max(0.0, tried.queued_at - invocation.sent_at)
+    first = invocation.parent_id is None
+    return structs.replace(
+        before,
+        gateway_s=before.gateway_s + (sent if first else 0.0),
+        commit_s=before.commit_s + (0.0 if first else sent),
+        lane_s=before.lane_s + max(0.0, tried.started_at - tried.queued_at),
+        run_s=before.run_s + max(0.0, tried.ended_at - tried.started_at),
+    )
+
+
+def large_maps(effects: list[Effect]) -> dict[int, list[Payload]]:
+    """Return the payloads of the maps that do not fit in one unit, by position; they travel by claim check."""
+    return {
+        i: e.payloads for i, e in enumerate(effects) if isinstance(e, Map) and len(e.payloads) > MEMBERS_AT_ONCE_MAX
+    }
+
+
+def succeed(
+    invocation: Invocation,
+    tried: Attempted,
+    *,
+    result: Payload,
+    answer: Payload | None,
+    effects: list[Effect],
+    kept: dict[int, Payload],
+    world: World,
+) -> tuple[Outcome, list[Record]]:
+    """Return the outcome of an invocation that went well, and the unit to append.
+
+    Args:
+        invocation: what ran.
+        tried: when and where.
+        result: what the body returned, as the log may hold it.
+        answer: what ``ctx.answer`` was given, if anything.
+        effects: what the body asked for, in order.
+        kept: for each large map, by position, its encoded payloads as the log may hold them.
+        world: what is registered, and the time.
+
+    Raises:
+        UserError: an effect names a function that is not registered, or the chain is too long.
+        TooLarge: the effects do not fit in one unit.
+    """
+    plan = _Plan(invocation, tried, world, kept)
+    plan.start_branches(effects)
+    for position, effect in enumerate(effects):
+        if isinstance(effect, Emit):
+            plan.emit(effect, position)
+    end = None
+    if plan.branches == 0 and invocation.slot is None:
+        end = _end(invocation, tried, plan.spent, "succeeded", None)
+    outcome = _outcome(
+        invocation, tried, "succeeded", result=result, answer=answer, children=plan.children, spent=plan.spent, end=end
+    )
+    plan.records.append(_done(outcome))
+    if len(plan.records) > UNIT_MESSAGES_MAX:
+        raise TooLarge(
+            f"the effects of one invocation start {len(plan.records) - 1} pieces of work at once",
+            hint="Use one ctx.map(...) instead of many, or chain.",
+        )
+    return outcome, plan.records
+
+
+def fail(
+    invocation: Invocation, tried: Attempted, error: ErrorInfo, state: InvocationState = "dead"
+) -> tuple[Outcome, list[Record]]:
+    """Return the outcome of an invocation that is given up on, and the unit to append."""
+    ledger = spent(invocation, tried)
+    ending: RunState = "canceled" if state == "canceled" else "failed"
+    end = _end(invocation, tried, ledger, ending, error) if invocation.slot is None else None
+    outcome = _outcome(invocation, tried, state, error=error, spent=ledger, end=end)
+    return outcome, [_done(outcome)]
+
+
+def spread(invocation: Invocation, tried: Attempted, work: Spread, payloads: list[Payload], now: float) -> list[Record]:
+    """Return the unit that starts one part of a large map: its members, then the outcome of the spreading itself."""
+    ledger = spent(invocation, tried)
+    records = [
+        _work(
+            _child(
+                invocation,
+                tried,
+                ledger,
+                identity=invocation_id(work.slot.scope, index),
+                function=work.function,
+                version=work.version,
+                payload=payloads[index],
+                slot=structs.replace(work.slot, index=index),
+                parent_id=work.slot.opened_by,
+            ),
+            now,
+        )
+        for index in range(work.first, work.last)
+    ]
+    outcome = _outcome(invocation, tried, "succeeded", result=NOTHING, children=len(records), spent=ledger)
+    return [*records, _done(structs.replace(outcome, slot=None))]
+
+
+class _Plan:
+    """The unit of one successful invocation while it is being put together."""
+
+    def __init__(self, invocation: Invocation, tried: Attempted, world: World, kept: dict[int, Payload]) -> None:
+        self.invocation = invocation
+        self.tried = tried
+        self.world = world
+        self.kept = kept
+        self.spent = spent(invocation, tried)
+        self.records: list[Record] = []
+        self.branches = 0
+        self.children = 0
+
+    def start_branches(self, effects: list[Effect]) -> None:
+        """Start all calls and maps. One branch takes over the slot of its parent; several share a new scope."""
+        starting = [
+            (i, e)
+            for i, e in enumerate(effects)
+            if isinstance(e, Call) or (isinstance(e, Map) and (e.payloads or e.then is not None))
+        ]
+        self.branches = len(starting)
+        if starting and self.invocation.depth >= DEPTH_MAX:
+            raise UserError(
+                f"the chain is {DEPTH_MAX:,} calls long",
+                hint="A function that calls itself needs an end; start a new run with ctx.emit(...) for endless work.",
+                transient=False,
+            )
+        around = self.invocation.slot
+        scope = invocation_id(self.invocation.invocation_id, "scope")
+        for index, (position, effect) in enumerate(starting):
+            slot = around
+            if len(starting) > 1:
+                slot = Slot(
+                    scope=scope,
+                    index=index,
+                    size=len(starting),
+                    parent=around,
+                    opened_by=self.invocation.invocation_id,
+                )
+            if isinstance(effect, Call):
+                self._call(effect, position, slot)
+            elif isinstance(effect, Map):
+                self._map(effect, position, slot)
+
+    def _call(self, effect: Call, position: int, slot: Slot | None) -> None:
+        record = self._function(effect.function, "call")
+        self._start(
+            invocation_id(self.invocation.invocation_id, position), record, effect.payload, slot, delay_s=effect.delay_s
+        )
+
+    def _map(self, effect: Map, position: int, around: Slot | None) -> None:
+        member = self._function(effect.function, "map")
+        then = None if effect.then is None else self._function(effect.then, "map(then=...)")
+        if not effect.payloads and then is not None:
+            self._start(invocation_id(self.invocation.invocation_id, position), then, EMPTY_LIST, around)
+            return
+        scope = invocation_id(self.invocation.invocation_id, f"map-{position}")
+        slot = Slot(
+            scope=scope,
+            index=0,
+            size=len(effect.payloads),
+            then=None if then is None else then.name,
+            then_version="" if then is None else then.version,
+            parent=around,
+            opened_by=self.invocation.invocation_id,
+        )
+        if position in self.kept:
+            self._spread(member, slot, self.kept[position])
+            return
+        for index, payload in enumerate(effect.payloads):
+            self._start(invocation_id(scope, index), member, payload, structs.replace(slot, index=index))
+
+    def _spread(self, member: FunctionRecord, slot: Slot, payloads: Payload) -> None:
+        """Start the pieces of work that will start the members, each a part of them."""
+        for first in range(0, slot.size, MEMBERS_AT_ONCE_MAX):
+            work = Spread(
+                function=member.name,
+                version=member.version,
+                payloads=payloads,
+                slot=slot,
+                first=first,
+                last=min(slot.size, first + MEMBERS_AT_ONCE_MAX),
+            )
+            body = encode(work)
+            self._append(
+                _child(
+                    self.invocation,
+                    self.tried,
+                    self.spent,
+                    identity=invocation_id(slot.scope, f"spread-{first}"),
+                    function=SPREADER,
+                    version="",
+                    payload=Payload(type=SPREAD, body=body, size=len(body)),
+                    slot=None,
+                )
+            )
+
+    def _start(
+        self, identity: str, record: FunctionRecord, payload: Payload, slot: Slot | None, delay_s: float = 0.0
+    ) -> None:
+        child = _child(
+            self.invocation,
+            self.tried,
+            self.spent,
+            identity=identity,
+            function=record.name,
+            version=record.version,
+            payload=payload,
+            slot=slot,
+        )
+        if delay_s > 0.0:
+            child = structs.replace(child, not_before=self.tried.ended_at + delay_s)
+        self._append(child)
+
+    def _append(self, child: Invocation) -> None:
+        self.children += 1
+        self.records.append(_work(child, self.world.now))
+
+    def emit(self, effect: Emit, position: int) -> None:
+        """Start a run on every route that takes the event; its id follows from this invocation."""
+        event = EventMeta(
+            id=f"{self.invocation.invocation_id}-{position}",
+            source=f"/v1/runs/{self.invocation.run_id}",
+            type=effect.type,
+            extensions={"correlationid": self.invocation.run_id},
+        )
+        for route in routing.matching(self.world.routes, event, self.invocation.tenant):
+            function = self.world.function(route.route.function)
+            if function is None:  # its function was never registered: a route cannot be kept without one
+                continue
+            admitted = admit(
+                event=event,
+                payload=effect.payload,
+                digest="",
+                route=route,
+                function=function,
+                tenant=self.invocation.tenant,
+                now=self.world.now,
+                deadline=deadline_of(route.route, None, self.world.now),
+            )
+            # No guard of its own: the outcome's guard covers the unit, and a repeat finds the same id in the log.
+            self.records.append(Record(admitted.record.subject, admitted.record.body))
+
+    def _function(self, name: str, what: str) -> FunctionRecord:
+        record = self.world.function(name)
+        if record is None:
+            raise UserError(
+                f"{what}: no function named {name} is registered",
+                hint=f"Deploy the file that defines {name}, then trigger again.",
+                transient=False,
+            )
+        return record
+
+
+def _child(
+    parent: Invocation,
+    tried: Attempted,
+    ledger: TimeLedger,
+    *,
+    identity: str,
+    function: str,
+    version: str,
+    payload: Payload,
+    slot: Slot | None,
+    parent_id: str | None = None,
+) -> Invocation:
+    return Invocation(
+        run_id=parent.run_id,
+        invocation_id=identity,
+        function=function,
+        version=version,
+        route=parent.route,
+        tenant=parent.tenant,
+        payload=payload,
+        accepted_at=parent.accepted_at,
+        sent_at=tried.ended_at,
+        deadline=parent.deadline,
+        parent_id=parent_id or parent.invocation_id,
+        slot=slot,
+        spent=ledger,
+        depth=parent.depth + 1,
+        on_late=parent.on_late,
+    )
+
+
+def _work(child: Invocation, now: float) -> Record:
+    subject = work_subject(lane(child.deadline, now), child.tenant, child.run_id, child.invocation_id)
+    return Record(subject, encode(child))
+
+
+def _done(outcome: Outcome) -> Record:
+    subject = done_subject(outcome.run_id, outcome.invocation_id)
+    return Record(subject, encode(outcome), subject)
+
+
+def _end(
+    invocation: Invocation, tried: Attempted, ledger: TimeLedger, state: RunState, error: ErrorInfo | None
+) -> RunEnd:
+    return RunEnd(
+        run_id=invocation.run_id,
+        state=state,
+        answer_id=invocation.invocation_id if state == "succeeded" else None,
+        error=error,
+        spent=ledger,
+        ended_at=tried.ended_at,
+    )
+
+
+def _outcome(
+    invocation: Invocation,
+    tried: Attempted,
+    state: InvocationState,
+    *,
+    result: Payload | None = None,
+    answer: Payload | None = None,
+    error: ErrorInfo | None = None,
+    children: int = 0,
+    spent: TimeLedger,
+    end: RunEnd | None = None,
+) -> Outcome:
+    return Outcome(
+        run_id=invocation.run_id,
+        invocation_id=invocation.invocation_id,
+        function=invocation.function,
+        version=invocation.version,
+        route=invocation.route,
+        tenant=invocation.tenant,
+        state=state,
+        attempts=tried.attempt,
+        queued_at=tried.queued_at,
+        started_at=tried.started_at,
+        ended_at=tried.ended_at,
+        worker=tried.worker,
+        accepted_at=invocation.accepted_at,
+        deadline=invocation.deadline,
+        parent_id=invocation.parent_id,
+        result=result,
+        answer=answer,
+        error=error,
+        children=children,
+        slot=invocation.slot if children == 0 else None,
+        spent=spent,
+        end=end,
+    )

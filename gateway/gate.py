@@ -1,0 +1,155 @@
+"""How much may be in flight at once. Asked before a body is read, so that refusing stays cheap under any load."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from aiohttp import web
+
+from gateway.limits import GatewayLimits
+from gateway.problems import Busy
+from headrace.errors import BadRequest, TooLarge, Unavailable
+
+_DISK_LOOK_S = 1.0
+
+
+class Disk:
+    """Free space where the log and the blobs lie; looked at no more than once a second."""
+
+    def __init__(self, folder: Path, bytes_min: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = folder
+        self._bytes_min = bytes_min
+        self._clock = clock
+        self._looked_at = float("-inf")
+        self._free = 0
+
+    def free(self) -> int:
+        """Return the bytes free, at most a second old."""
+        now = self._clock()
+        if now - self._looked_at >= _DISK_LOOK_S:
+            self._free, self._looked_at = shutil.disk_usage(self._folder).free, now
+        return self._free
+
+    def check(self, wanted: int = 0) -> None:
+        """Return if so many bytes can be taken and the floor still holds.
+
+        Raises:
+            Unavailable: they cannot. Said here, because a log on a full disk falls silent instead.
+        """
+        if self.free() - wanted < self._bytes_min:
+            raise Unavailable(
+                "the disk of the platform is nearly full",
+                hint="Free some space, or lower log_keep_s; the operator's page is `headrace doctor`.",
+                retry_after_s=30,
+            )
+
+
+class Held:
+    """A request that was let in, and the bytes it takes. Whoever got it from ``Gate.enter`` ends with ``leave``."""
+
+    __slots__ = ("_gate", "_request", "size")
+
+    def __init__(self, gate: Gate, request: web.Request, size: int) -> None:
+        self._gate = gate
+        self._request = request
+        self.size = size
+
+    async def read(self) -> bytes:
+        """Return the body.
+
+        Raises:
+            TooLarge: it is larger than the limit.
+            BadRequest: it does not come to an end in time.
+            Busy: its length was not told beforehand, and it turned out to be more than there is room for.
+        """
+        request, limits = self._request, self._gate.limits
+        try:
+            if request.content.is_eof() and self.size:  # it came together with its headers: no timer is needed
+                return await request.read()
+            async with asyncio.timeout(limits.body_seconds_max):
+                return await request.read() if self.size else await self._read_unannounced()
+        except web.HTTPRequestEntityTooLarge as error:
+            raise too_large(limits) from error
+        except TimeoutError as error:
+            raise BadRequest(
+                f"the body did not arrive within {limits.body_seconds_max:g} s",
+                hint="Send large data with POST /v1/uploads.",
+            ) from error
+
+    async def _read_unannounced(self) -> bytes:
+        parts: list[bytes] = []
+        async for chunk in self._request.content.iter_any():
+            self._gate.grow(self, len(chunk))
+            parts.append(chunk)
+        return b"".join(parts)
+
+    def leave(self) -> None:
+        """Give back what was taken."""
+        self._gate.leave(self)
+
+
+class Gate:
+    """Counts requests and bytes in flight against their limits."""
+
+    def __init__(self, limits: GatewayLimits, disk: Disk) -> None:
+        self.limits = limits
+        self._disk = disk
+        self.requests = 0
+        self.bytes = 0
+
+    def enter(self, request: web.Request) -> Held:
+        """Let a request in.
+
+        Raises:
+            TooLarge: it says itself that its body is larger than the limit.
+            Busy: too many requests or bytes are in flight.
+            Unavailable: the disk is nearly full.
+        """
+        limits = self.limits
+        size = request.content_length or 0
+        if size > limits.body_bytes_max:
+            raise too_large(limits)
+        if "Content-Encoding" in request.headers:
+            size = 0  # what is packed says nothing about what comes out of it
+        if self.requests >= limits.in_flight_max or self.bytes + size > limits.in_flight_bytes_max:
+            raise busy()
+        self._disk.check()
+        self.requests += 1
+        self.bytes += size
+        return Held(self, request, size)
+
+    def grow(self, held: Held, more: int) -> None:
+        """Count bytes that were not announced.
+
+        Raises:
+            TooLarge: this body is larger than the limit.
+            Busy: there is no room for it at the moment.
+        """
+        if held.size + more > self.limits.body_bytes_max:
+            raise too_large(self.limits)
+        if self.bytes + more > self.limits.in_flight_bytes_max:
+            raise busy()
+        held.size += more
+        self.bytes += more
+
+    def leave(self, held: Held) -> None:
+        """Take a request out of the count."""
+        self.requests -= 1
+        self.bytes -= held.size
+
+
+def busy() -> Busy:
+    """Return the refusal of a gateway that has its hands full."""
+    return Busy("too many requests are in flight", hint="Send it again after Retry-After seconds.")
+
+
+def too_large(limits: GatewayLimits) -> TooLarge:
+    """Return the refusal of a body over the limit."""
+    return TooLarge(
+        f"the body is larger than {limits.body_bytes_max:,} bytes",
+        hint="Send large data with POST /v1/uploads and pass its URI as dataref.",
+    )

@@ -1,0 +1,178 @@
+"""What a running function holds in its hand: its ids, its deadline, and what it may ask for.
+
+Effects (``call``, ``map``, ``emit``, ``answer``) are collected here and committed together with the outcome, or not at
+all: a body that raises, or runs twice after a crash, has asked for nothing. What happens at once (``progress``,
+``log``, ``stage``, ``store``) goes through a ``Port``: a pipe to the worker, or memory in ``headrace.testing``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from headrace.errors import BadRequest, TooLarge
+from headrace.sdk import function_name
+from headrace.wire import BYTES, JSON, Call, Effect, Emit, Map, Payload
+
+EFFECTS_MAX = 256
+FAN_OUT_MAX = 10_000
+EVENT_TYPE_CHARS_MAX = 256
+
+
+class Port(Protocol):
+    """Where the things go that happen at once."""
+
+    def say(self, level: str, text: str) -> None:
+        """Pass on a line of the function's log."""
+
+    def progress(self, fraction: float, note: str) -> None:
+        """Pass on how far the function is."""
+
+    def stage(self, uri: str) -> Path:
+        """Return a local path that holds the bytes of ``uri``."""
+
+    def store(self, content: Path | bytes, name: str) -> str:
+        """Keep the bytes and return their URI."""
+
+
+class _PortHandler(logging.Handler):
+    """Sends log records of ``ctx.log`` to the run."""
+
+    def __init__(self, port: Port) -> None:
+        super().__init__()
+        self._port = port
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._port.say(record.levelname.lower(), self.format(record))
+
+
+def to_payload(value: object) -> Payload:
+    """Encode a value that a function returns or passes on: bytes as they are, everything else as JSON.
+
+    Raises:
+        BadRequest: the value is neither bytes nor something JSON can say.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return Payload(type=BYTES, body=bytes(value), size=len(value))
+    try:
+        body = msgspec.json.encode(value, enc_hook=_plain)
+    except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError, UnicodeEncodeError) as error:
+        raise BadRequest(
+            f"a value of type {type(value).__name__} cannot be sent as JSON: {error}",
+            hint="Return or pass on JSON values, dataclasses or bytes; keep arrays with ctx.store(...) and pass the URI.",
+        ) from error
+    return Payload(type=JSON, body=body, size=len(body))
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy numbers and small arrays into what JSON can say, without importing NumPy."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+class Context:
+    """Handed to a function that names ``ctx``. One per attempt; not shared between threads."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        invocation_id: str,
+        attempt: int,
+        deadline: float | None,
+        port: Port,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.run_id = run_id
+        self.invocation_id = invocation_id
+        self.attempt = attempt
+        self.deadline = deadline
+        self.effects: list[Effect] = []
+        self.answered: Payload | None = None
+        self.log = logging.Logger(f"headrace.{invocation_id}", logging.DEBUG)
+        self.log.addHandler(_PortHandler(port))
+        self._port = port
+        self._clock = clock
+
+    def time_left(self) -> float:
+        """Return the seconds until the deadline of the run; infinite without a deadline, negative when it has passed."""
+        return math.inf if self.deadline is None else self.deadline - self._clock()
+
+    # ------------------------------------------------------------ effects
+
+    def call(self, fn: str | Callable[..., Any], payload: Any = None, *, delay: float | None = None) -> None:
+        """Start a follow-up with this payload once this invocation has succeeded, ``delay`` seconds later if given.
+
+        Raises:
+            BadRequest: the payload has no form in JSON, or the delay is negative.
+            TooLarge: this invocation asks for more than 256 effects.
+        """
+        delay_s = 0.0 if delay is None else float(delay)
+        if not 0.0 <= delay_s <= 7 * 86400:
+            raise BadRequest(f"delay: {delay!r} is not possible", hint="Use seconds from 0 to 604800 (7 days).")
+        self._add(Call(function=function_name(fn), payload=to_payload(payload), delay_s=delay_s))
+
+    def map(
+        self, fn: str | Callable[..., Any], payloads: Iterable[Any], then: str | Callable[..., Any] | None = None
+    ) -> None:
+        """Start one invocation per payload; when all have succeeded, ``then`` gets the list of results in order.
+
+        With no payloads at all, ``then`` gets an empty list.
+
+        Raises:
+            TooLarge: there are more than 10,000 payloads.
+        """
+        encoded: list[Payload] = []
+        for item in payloads:
+            if len(encoded) == FAN_OUT_MAX:
+                raise TooLarge(
+                    f"map: more than {FAN_OUT_MAX:,} payloads", hint="Give each member a chunk of the work instead."
+                )
+            encoded.append(to_payload(item))
+        self._add(
+            Map(
+                function=function_name(fn),
+                payloads=encoded,
+                then=None if then is None else function_name(then),
+            )
+        )
+
+    def emit(self, type: str, data: Any = None) -> None:  # noqa: A002 - the CloudEvents attribute is called so
+        """Publish an event of this type: every route that takes it starts a run of its own."""
+        if not isinstance(type, str) or not 0 < len(type) <= EVENT_TYPE_CHARS_MAX:
+            raise BadRequest("emit: the event type is empty or too long", hint='Use a type such as "org.example.peak".')
+        self._add(Emit(type=type, payload=to_payload(data)))
+
+    def answer(self, value: Any) -> None:
+        """Give the answer of the run: what the deadline is about. The first one given in a run stands."""
+        if self.answered is None:
+            self.answered = to_payload(value)
+
+    def _add(self, effect: Effect) -> None:
+        if len(self.effects) == EFFECTS_MAX:
+            raise TooLarge(
+                f"more than {EFFECTS_MAX} effects in one invocation", hint="Use ctx.map(...) for many alike."
+            )
+        self.effects.append(effect)
+
+    # ------------------------------------------------------------ at once
+
+    def progress(self, fraction: float, note: str = "") -> None:
+        """Tell how far the work is, 0 to 1; shown live and kept in the log."""
+        fraction = float(fraction)
+        self._port.progress(0.0 if math.isnan(fraction) else min(1.0, max(0.0, fraction)), str(note))
+
+    def stage(self, uri: str) -> Path:
+        """Bring the bytes of ``uri`` to a local path, checked against their checksum."""
+        return self._port.stage(uri)
+
+    def store(self, content: str | Path | bytes, name: str) -> str:
+        """Keep a file or bytes and return a URI that ``stage`` and an event's ``dataref`` take."""
+        return self._port.store(content if isinstance(content, bytes) else Path(content), name)

@@ -1,0 +1,258 @@
+"""The words of Headrace as types: what users write and read, over HTTP and in Python.
+
+Everything here is frozen and keyword-only. What people write by hand (routes, function options) forbids unknown
+fields; what machines exchange skips them, so that old and new versions can talk.
+Instants are seconds since 1970-01-01 UTC as ``float`` inside the platform and RFC 3339 text outside; durations are
+seconds and carry ``_s``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+RunState = Literal["accepted", "running", "succeeded", "failed", "canceled"]
+InvocationState = Literal["queued", "running", "succeeded", "failed", "canceled", "dead"]
+JobState = Literal["new", "queued", "held", "active", "completed", "failed", "canceled"]
+Verdict = Literal["on_track", "at_risk", "infeasible", "unknown"]
+
+RUN_STATES: dict[RunState, str] = {
+    "accepted": "In the log, synced to disk; no function has started yet.",
+    "running": "At least one of its invocations has started.",
+    "succeeded": "Every invocation ended well; the answer is there. Final.",
+    "failed": "An invocation was given up on; `error` says why. Final.",
+    "canceled": "Somebody canceled it; late outcomes are ignored. Final.",
+}
+INVOCATION_STATES: dict[InvocationState, str] = {
+    "queued": "In the log, waiting for a worker.",
+    "running": "A worker's child runs it. Recorded once it has run for a moment; shorter ones go straight to their end.",
+    "succeeded": "Its outcome and effects are committed. Final.",
+    "failed": "It could not be done, without an attempt of its own (a member of its map failed). Final.",
+    "canceled": "Its run was canceled before it ended. Final.",
+    "dead": "Its last allowed attempt failed; `headrace dead` lists it. Final.",
+}
+FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "dead"})
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """A fact from outside, with the attributes of CloudEvents 1.0. ``data`` is decoded JSON, text or bytes.
+
+    The pair (``source``, ``id``) names the event: sent twice, it runs once.
+    """
+
+    id: str
+    source: str
+    type: str
+    specversion: str = "1.0"
+    subject: str | None = None
+    time: str | None = None
+    datacontenttype: str | None = None
+    dataschema: str | None = None
+    data: Any = None
+    extensions: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class EventFilter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which events a route takes: each given attribute must be equal, or begin with what follows ``prefix:``."""
+
+    type: str | None = None
+    source: str | None = None
+    subject: str | None = None
+
+
+class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A rule from events to a function. Without a filter it is reached by its name only.
+
+    ``deadline`` counts from acceptance, as "60s", "10m", "1h" or "500ms".
+    """
+
+    function: str
+    filter: EventFilter | None = None
+    deadline: str | None = None
+    on_late: Literal["continue", "cancel"] = "continue"
+    max_in_flight: int | None = None
+
+
+class FunctionOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What ``@function(...)`` takes. ``timeout`` is a duration as in a route; ``retries`` are attempts after the first."""
+
+    timeout: str = "60s"
+    retries: int = 0
+
+
+class Code(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A function's code by value.
+
+    ``source``: ``files`` maps relative paths to text, ``module`` and ``name`` say what to call in it.
+    ``pickle``: ``blob`` is a cloudpickle of the callable, ``files`` its source for reading. Opened in a worker's
+    child and nowhere else.
+    """
+
+    kind: Literal["source", "pickle"]
+    name: str
+    module: str = ""
+    files: dict[str, str] = msgspec.field(default_factory=dict)
+    blob: bytes = b""
+    python: str = ""
+
+
+class FunctionView(Struct, frozen=True, kw_only=True):
+    """A registered function, as ``GET /v1/functions/{name}`` shows it."""
+
+    name: str
+    version: str
+    options: FunctionOptions
+    registered_at: str
+    doc: str = ""
+    source: str = ""
+
+
+class RouteView(Struct, frozen=True, kw_only=True):
+    """A route with its name, as ``GET /v1/routes/{name}`` shows it."""
+
+    name: str
+    route: Route
+
+
+class Quote(Struct, frozen=True, kw_only=True):
+    """What the platform expects, said at the door. ``unknown`` where there is no history yet."""
+
+    verdict: Verdict = "unknown"
+    p50_s: float | None = None
+    p90_s: float | None = None
+
+
+class TimeLedger(Struct, frozen=True, kw_only=True):
+    """Where the time of a run went, in seconds along the path to its answer; the parts sum to the whole."""
+
+    gateway_s: float = 0.0
+    lane_s: float = 0.0
+    stage_in_s: float = 0.0
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    stage_out_s: float = 0.0
+    commit_s: float = 0.0
+
+    def total_s(self) -> float:
+        """Return the sum of all parts in seconds."""
+        return (
+            self.gateway_s
+            + self.lane_s
+            + self.stage_in_s
+            + self.queue_s
+            + self.run_s
+            + self.stage_out_s
+            + self.commit_s
+        )
+
+
+class ErrorInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why something failed: ``kind`` is load, user, timeout, lost, deadline, map or canceled."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+
+
+class Links(Struct, frozen=True, kw_only=True):
+    """Where to go from a run: relative URLs."""
+
+    self: str
+    result: str
+    events: str
+
+
+class RunRef(Struct, frozen=True, kw_only=True):
+    """The promise given at the door: what a 202 carries."""
+
+    run_id: str
+    route: str
+    state: RunState
+    duplicate: bool
+    accepted_at: str
+    deadline: str | None
+    quote: Quote
+    links: Links
+
+
+class EventView(Struct, frozen=True, kw_only=True):
+    """The attributes of the event that started a run, without its data."""
+
+    id: str
+    source: str
+    type: str
+    subject: str | None = None
+    time: str | None = None
+
+
+class InvocationView(Struct, frozen=True, kw_only=True):
+    """One call of one function in a run."""
+
+    invocation_id: str
+    parent_id: str | None
+    function: str
+    version: str
+    state: InvocationState
+    attempts: int
+    queued_at: str | None
+    started_at: str | None = None
+    ended_at: str | None = None
+    worker: str | None = None
+    error: ErrorInfo | None = None
+
+
+class JobView(Struct, frozen=True, kw_only=True):
+    """One batch job of a run."""
+
+    job_id: str
+    site: str
+    native_id: str | None
+    state: JobState
+    submitted_at: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    exit_code: int | None = None
+
+
+class RunView(Struct, frozen=True, kw_only=True):
+    """A run as ``GET /v1/runs/{id}`` shows it. ``invocations`` holds the first 1,000; ``invocations_total`` counts all."""
+
+    run_id: str
+    route: str
+    function: str
+    tenant: str
+    event: EventView
+    state: RunState
+    deadline: str | None
+    deadline_met: bool | None
+    accepted_at: str
+    answered_at: str | None
+    ended_at: str | None
+    time_to_solution_s: float | None
+    time_ledger: TimeLedger
+    quote: Quote
+    invocations: list[InvocationView]
+    invocations_total: int
+    jobs: list[JobView]
+    error: ErrorInfo | None
+    links: Links
+
+
+class RunPage(Struct, frozen=True, kw_only=True):
+    """A page of runs, newest first; ``next`` is the cursor of the next page, None at the end."""
+
+    runs: list[RunView]
+    next: str | None
+
+
+class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error over HTTP as RFC 9457 writes it; ``hint`` is the cure."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    hint: str = ""
+    instance: str | UnsetType = UNSET

@@ -1,0 +1,57 @@
+"""Names and ids: one rule, checked once, and every id derived so that a repeat gives the same id.
+
+Names become subjects of the log, keys and file names. Nothing else in Headrace builds those from text of a user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from base64 import b32encode
+
+from headrace.errors import BadName
+
+NAME_RULE = "[A-Za-z0-9_-]{1,64}"
+_NAME = re.compile(NAME_RULE)
+
+
+def check_name(name: object, what: str = "name") -> str:
+    """Return ``name`` if it is a valid name of a function, route, site or tenant.
+
+    Raises:
+        BadName: it is not text that matches ``[A-Za-z0-9_-]{1,64}`` from end to end. ``fullmatch`` and not ``$``,
+            which lets a trailing newline pass.
+    """
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    shown = ascii(name)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    raise BadName(
+        f"{shown} is not a valid {what}",
+        hint="Use 1 to 64 letters, digits, underscores or hyphens.",
+    )
+
+
+def _digest(*parts: str, size: int) -> str:
+    """Hash length-prefixed parts, so that ("a", "bc") and ("ab", "c") differ."""
+    h = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        raw = part.encode("utf-8", "surrogatepass")
+        h.update(len(raw).to_bytes(4, "big"))
+        h.update(raw)
+    return b32encode(h.digest()).decode().rstrip("=").lower()
+
+
+def run_id(tenant: str, source: str, event_id: str, route: str) -> str:
+    """Derive the id of the run that this event starts on this route: 26 characters, 128 bits."""
+    return "r" + _digest(tenant, source, event_id, route, size=16)[:25]
+
+
+def invocation_id(parent: str, position: int | str) -> str:
+    """Derive the id of the invocation that ``parent`` (an invocation or run id) starts at ``position``: 16 characters."""
+    return _digest(parent, str(position), size=10)
+
+
+def content_version(content: bytes) -> str:
+    """Return the version of a function: the first 12 hex digits of the SHA-256 of its code and options."""
+    return hashlib.sha256(content).hexdigest()[:12]

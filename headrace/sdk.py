@@ -1,0 +1,152 @@
+"""How a scientist declares functions and routes: ``@function`` and ``@on``.
+
+Both leave the function as it is, so that it can still be called and tested like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, overload
+
+from headrace.clock import parse_duration
+from headrace.errors import BadRequest
+from headrace.model import EventFilter, FunctionOptions, Route
+from headrace.names import check_name
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RETRIES_MAX = 100
+_MARK = "__headrace__"
+
+
+@dataclass
+class Declaration:
+    """What was said of a function: its name and options, and the routes that lead to it by route name."""
+
+    name: str
+    options: FunctionOptions | None = None
+    routes: dict[str, Route] = field(default_factory=dict)
+
+
+def _declare(fn: Callable[..., Any]) -> Declaration:
+    found = getattr(fn, _MARK, None)
+    if isinstance(found, Declaration):
+        return found
+    made = Declaration(name=fn.__name__)
+    try:
+        setattr(fn, _MARK, made)
+    except AttributeError as error:
+        raise BadRequest(f"{fn!r} cannot be declared", hint="Decorate a plain function defined with def.") from error
+    return made
+
+
+def declaration(fn: object) -> Declaration | None:
+    """Return what was declared of ``fn``, or None where nothing was."""
+    found = getattr(fn, _MARK, None)
+    return found if isinstance(found, Declaration) else None
+
+
+def function_name(fn: str | Callable[..., Any]) -> str:
+    """Return the registered name that is meant by a function or its name.
+
+    Raises:
+        BadName: the name does not follow the rule for names.
+    """
+    if isinstance(fn, str):
+        return check_name(fn, "function name")
+    found = declaration(fn)
+    return check_name(found.name if found else getattr(fn, "__name__", repr(fn)), "function name")
+
+
+@overload
+def function(fn: F, /) -> F: ...
+@overload
+def function(*, name: str | None = None, timeout: str = "60s", retries: int = 0) -> Callable[[F], F]: ...
+
+
+def function(
+    fn: F | None = None, /, *, name: str | None = None, timeout: str = "60s", retries: int = 0
+) -> F | Callable[[F], F]:
+    """Declare a function that Headrace may run.
+
+    Args:
+        fn: the function, where the decorator is used without parentheses.
+        name: its registered name; the name in the source if not given.
+        timeout: the longest one attempt may take, such as "30s"; its process is stopped then.
+        retries: how many more attempts follow a failed one.
+
+    Raises:
+        BadRequest: an option cannot be what it was given as.
+    """
+    parse_duration(timeout, "timeout")
+    if not isinstance(retries, int) or isinstance(retries, bool) or not 0 <= retries <= RETRIES_MAX:
+        raise BadRequest(f"retries: {retries!r} is not possible", hint=f"Use a whole number from 0 to {RETRIES_MAX}.")
+
+    def mark(target: F) -> F:
+        made = _declare(target)
+        if name is not None and name != made.name:
+            if made.name in made.routes:  # @on below @function named its route after the function
+                made.routes[name] = made.routes.pop(made.name)
+            made.name = name
+        check_name(made.name, "function name")
+        made.options = FunctionOptions(timeout=timeout, retries=retries)
+        made.routes = {k: _to(r, made.name) for k, r in made.routes.items()}
+        return target
+
+    return mark if fn is None else mark(fn)
+
+
+def on(
+    *,
+    type: str | None = None,  # noqa: A002 - the CloudEvents attribute is called so
+    source: str | None = None,
+    subject: str | None = None,
+    name: str | None = None,
+    deadline: str | None = None,
+    on_late: Literal["continue", "cancel"] = "continue",
+    max_in_flight: int | None = None,
+) -> Callable[[F], F]:
+    """Declare a route to the function below: which events start it, and by when its answer must be there.
+
+    Each given attribute must be equal, or begin with what follows ``prefix:``. Without ``type``, ``source`` and
+    ``subject`` the route is reached by its name only (``headrace trigger NAME``).
+
+    Args:
+        type: the event type to match.
+        source: the event source to match.
+        subject: the event subject to match.
+        name: the route's name; the function's name if not given. Give one when a function has several routes.
+        deadline: how long after acceptance the answer is due, such as "60s".
+        on_late: what happens to a run whose deadline has passed: it goes on, or is canceled.
+        max_in_flight: how many runs of this route may be open at once; more are refused with 429.
+    """
+    if deadline is not None:
+        parse_duration(deadline, "deadline")
+    chosen = EventFilter(type=type, source=source, subject=subject) if type or source or subject else None
+
+    def mark(target: F) -> F:
+        made = _declare(target)
+        route_name = check_name(name or made.name, "route name")
+        if route_name in made.routes:
+            raise BadRequest(
+                f"the route {route_name} is declared twice on {made.name}", hint='Give each @on its own name="...".'
+            )
+        made.routes[route_name] = Route(
+            function=made.name, filter=chosen, deadline=deadline, on_late=on_late, max_in_flight=max_in_flight
+        )
+        if made.options is None:
+            made.options = FunctionOptions()
+        return target
+
+    return mark
+
+
+def _to(route: Route, name: str) -> Route:
+    return Route(
+        function=name,
+        filter=route.filter,
+        deadline=route.deadline,
+        on_late=route.on_late,
+        max_in_flight=route.max_in_flight,
+    )

@@ -1,0 +1,407 @@
+"""What travels: between a worker and its children, and what the log holds.
+
+One frozen struct per message, encoded as MessagePack by ``encode`` and read back by ``decode``. New fields get defaults
+and unknown ones are skipped, so that processes of two releases can share a log.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from headrace.model import (
+    Code,
+    ErrorInfo,
+    FunctionOptions,
+    InvocationState,
+    Quote,
+    Route,
+    RunState,
+    TimeLedger,
+)
+
+JSON = "application/json"
+BYTES = "application/octet-stream"
+PICKLE = "application/vnd.headrace.pickle"
+ITEMS = "application/vnd.headrace.items+msgpack"
+GATHER = "application/vnd.headrace.gather+msgpack"
+SPREAD = "application/vnd.headrace.spread+msgpack"
+SPREADER = "headrace.spread"  # a function of the platform: the dot keeps it apart from every name of a user
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+
+T = TypeVar("T")
+_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def decode(raw: bytes | memoryview, kind: type[T]) -> T:
+    """Read one message of the given type; its decoder is built once."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    value: T = decoder.decode(raw)
+    return value
+
+
+class Payload(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A body with its content type: inline, or in the blob store under its SHA-256 (a claim check)."""
+
+    type: str = JSON
+    body: bytes = b""
+    blob: str | None = None
+    size: int = 0
+
+
+NOTHING = Payload(body=b"null", size=4)
+
+
+# ---------------------------------------------------------------- effects: what an invocation asks of the platform
+
+
+class Call(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="call"):
+    """Start one follow-up, ``delay_s`` seconds after this outcome."""
+
+    function: str
+    payload: Payload
+    delay_s: float = 0.0
+
+
+class Map(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="map"):
+    """Start one invocation per payload and, when all have ended well, ``then`` with their results in order."""
+
+    function: str
+    payloads: list[Payload]
+    then: str | None = None
+
+
+class Emit(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="emit"):
+    """Publish an event of this type: every route that takes it starts a run of its own."""
+
+    type: str
+    payload: Payload
+
+
+Effect = Call | Map | Emit
+
+
+# ---------------------------------------------------------------- the log
+
+
+class EventMeta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The attributes of an event, without its data."""
+
+    id: str
+    source: str
+    type: str
+    subject: str | None = None
+    time: str | None = None
+    dataschema: str | None = None
+    extensions: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Slot(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The place an invocation fills in a scope, which is ``size`` branches that end together.
+
+    A follow-up takes over the slot of its parent, so a slot is full when the whole chain in it has ended. When all
+    slots of a scope are full, ``then`` starts in the slot around the scope; without ``then`` that slot is full too.
+    An invocation without a slot fills its whole run: when it ends without a follow-up, the run ends.
+    """
+
+    scope: str
+    index: int
+    size: int
+    then: str | None = None
+    then_version: str = ""
+    parent: Slot | None = None
+    opened_by: str = ""
+
+
+class Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Work: one call of one function, waiting in a lane. The first one of a run is also the record of its acceptance."""
+
+    run_id: str
+    invocation_id: str
+    function: str
+    version: str
+    route: str
+    tenant: str
+    payload: Payload
+    accepted_at: float
+    sent_at: float
+    deadline: float | None = None
+    parent_id: str | None = None
+    event: EventMeta | None = None
+    digest: str = ""
+    quote: Quote | None = None
+    slot: Slot | None = None
+    spent: TimeLedger = TimeLedger()
+    depth: int = 0
+    not_before: float = 0.0
+    on_late: str = "continue"
+
+
+class Spread(Struct, frozen=True, kw_only=True):
+    """The payload of a platform invocation that starts the members ``first`` to ``last`` (exclusive) of a large map."""
+
+    function: str
+    version: str
+    payloads: Payload
+    slot: Slot
+    first: int
+    last: int
+
+
+class Gather(Struct, frozen=True, kw_only=True):
+    """The payload of a ``then``: the results of the scope's slots, to be read from the log in order.
+
+    ``outcomes`` holds, slot by slot, the sequence of the outcome that filled it.
+    """
+
+    scope: str
+    outcomes: list[int]
+
+
+class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a run ended. ``answer_id`` is the invocation whose result is the answer where none was given explicitly."""
+
+    run_id: str
+    state: RunState
+    answer_id: str | None = None
+    error: ErrorInfo | None = None
+    spent: TimeLedger = TimeLedger()
+    ended_at: float = 0.0
+
+
+class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How an invocation ended, once and for all: the log takes one per invocation. ``end`` is set when the run ends too."""
+
+    run_id: str
+    invocation_id: str
+    function: str
+    version: str
+    route: str
+    tenant: str
+    state: InvocationState
+    attempts: int
+    queued_at: float
+    started_at: float
+    ended_at: float
+    worker: str
+    accepted_at: float
+    deadline: float | None = None
+    parent_id: str | None = None
+    result: Payload | None = None
+    answer: Payload | None = None
+    error: ErrorInfo | None = None
+    children: int = 0
+    slot: Slot | None = None
+    spent: TimeLedger = TimeLedger()
+    end: RunEnd | None = None
+
+
+class Tally(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Slots of a scope that were filled since the tally before it: (index, outcome sequence), and those that failed."""
+
+    run_id: str
+    scope: str
+    filled: list[tuple[int, int]]
+    failed: list[int] = []
+    error: ErrorInfo | None = None
+
+
+class Started(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An attempt has been running for a moment. Short ones go straight to their outcome."""
+
+    run_id: str
+    invocation_id: str
+    function: str
+    version: str
+    worker: str
+    attempt: int
+    queued_at: float
+    started_at: float
+    parent_id: str | None = None
+
+
+class Attempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An attempt failed and another will follow, not before ``retry_at``."""
+
+    run_id: str
+    invocation_id: str
+    function: str
+    version: str
+    worker: str
+    attempt: int
+    started_at: float
+    ended_at: float
+    retry_at: float
+    error: ErrorInfo
+    parent_id: str | None = None
+    queued_at: float = 0.0
+
+
+class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something a running function said: lines of its log (level, text), or how far it is (0 to 1)."""
+
+    run_id: str
+    invocation_id: str
+    at: float
+    lines: list[tuple[str, str]] = []
+    fraction: float | None = None
+    text: str = ""
+
+
+class Cancel(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Somebody wants this run to stop. It ends here; whatever comes later is ignored."""
+
+    run_id: str
+    at: float
+    reason: str = ""
+
+
+# ---------------------------------------------------------------- tables
+
+
+class FunctionRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A registered function: its options and where its code is (a blob that holds an encoded ``Code``)."""
+
+    name: str
+    version: str
+    options: FunctionOptions
+    code_blob: str
+    registered_at: float
+    doc: str = ""
+    preload: list[str] = []
+
+
+class RouteRecord(Struct, frozen=True, kw_only=True):
+    """A registered route."""
+
+    name: str
+    tenant: str
+    route: Route
+
+
+# ---------------------------------------------------------------- a worker and its child
+
+
+class Invoke(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="invoke"):
+    """To the child: run this. ``code`` comes along the first time a child meets the version."""
+
+    run_id: str
+    invocation_id: str
+    attempt: int
+    function: str
+    version: str
+    type: str
+    body: bytes
+    deadline: float | None = None
+    event: EventMeta | None = None
+    code: Code | None = None
+
+
+class Granted(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="granted"):
+    """To the child: what it asked for, or why not."""
+
+    value: str = ""
+    error: str = ""
+    hint: str = ""
+
+
+class Returned(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="returned"):
+    """From the child: the body returned, and these are its effects. With ``leave`` the child asks to be replaced."""
+
+    result: Payload
+    effects: list[Effect] = []
+    answer: Payload | None = None
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    leave: bool = False
+
+
+class Raised(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="raised"):
+    """From the child: the code did not load or the body raised. With ``leave`` the child asks to be replaced."""
+
+    error: ErrorInfo
+    transient: bool = True
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    leave: bool = False
+
+
+class Said(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="said"):
+    """From the child: a line of its log, or how far it is."""
+
+    level: str = ""
+    text: str = ""
+    fraction: float | None = None
+
+
+class Ask(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="ask"):
+    """From the child: bring this URI to a local path (``stage``), or keep this (``store``). One ``Granted`` answers."""
+
+    what: str
+    uri: str = ""
+    path: str = ""
+    body: bytes | None = None
+    name: str = ""
+
+
+FromChild = Returned | Raised | Said | Ask
+ToChild = Invoke | Granted
+
+
+# ---------------------------------------------------------------- a worker and its zygote
+
+
+class ChildLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one child process may take, and how long it is kept.
+
+    ``memory_bytes_max`` is address space on top of what the child is born with. ``growth_bytes_max`` is how much its
+    resident memory may grow between invocations before it is replaced; what the first invocation of a version brings
+    in counts as its due. ``result_bytes_max`` holds for result, answer and effects together.
+    """
+
+    memory_bytes_max: int | None = None
+    growth_bytes_max: int = 256 * 1024 * 1024
+    invocations_max: int = 10_000
+    versions_max: int = 32
+    result_bytes_max: int = 16 * 1024 * 1024
+    output_bytes_max: int = 1024 * 1024
+    output_lines_max: int = 10_000
+
+
+class Fork(Struct, frozen=True, kw_only=True, tag="fork"):
+    """To the zygote: make a child. Its descriptors come along: line to the worker, stdout, stderr, last words."""
+
+    child: int
+    scratch: str
+    limits: ChildLimits
+
+
+class Kill(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="kill"):
+    """To the zygote: end a child and its process group, or (``tell``) only have it write down where it is."""
+
+    child: int
+    tell: bool = False
+
+
+class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
+    """From the zygote: everything is imported; children can be made."""
+
+    pid: int
+
+
+class Died(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="died"):
+    """From the zygote: a child is gone; ``status`` is its wait status, or None where it could not be made (``error``)."""
+
+    child: int
+    status: int | None
+    error: str = ""
+
+
+ToZygote = Fork | Kill
+FromZygote = Ready | Died

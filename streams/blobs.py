@@ -1,0 +1,130 @@
+"""Bytes by their SHA-256: what is too large for the log, the code of functions, the files of users.
+
+The embedded store is a folder; content never changes under its name, so a copy is a copy for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+from headrace.errors import NotFound
+from headrace.wire import Payload
+from streams.topology import INLINE_BYTES_MAX
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+class Blobs(Protocol):
+    """A store of bytes by content. What ``put`` returned stays readable and is on disk when it returns."""
+
+    async def put(self, body: bytes) -> str:
+        """Keep the bytes and return their SHA-256 in hex."""
+
+    async def get(self, digest: str) -> bytes:
+        """Return the bytes.
+
+        Raises:
+            NotFound: there are none of this digest.
+        """
+
+    async def put_file(self, path: Path) -> str:
+        """Keep a copy of a file and return its SHA-256 in hex."""
+
+    async def path(self, digest: str) -> Path:
+        """Return a local file that holds the bytes; not to be written to.
+
+        Raises:
+            NotFound: there are none of this digest.
+        """
+
+
+class FolderBlobs:
+    """The store as a folder: ``ab/abcdef...`` written aside, synced, then renamed into place."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.incoming = root / "incoming"
+        self.incoming.mkdir(parents=True, exist_ok=True)
+
+    async def put(self, body: bytes) -> str:
+        """Keep the bytes and return their SHA-256 in hex."""
+        return await asyncio.to_thread(self._put, body)
+
+    async def get(self, digest: str) -> bytes:
+        """Return the bytes; NotFound where there are none."""
+        return await asyncio.to_thread((await self.path(digest)).read_bytes)
+
+    async def put_file(self, path: Path) -> str:
+        """Keep a copy of a file and return its SHA-256 in hex."""
+        return await asyncio.to_thread(self._put_file, path)
+
+    async def path(self, digest: str) -> Path:
+        """Return the file that holds the bytes; NotFound where there are none."""
+        place = self._place(digest)
+        if not place.is_file():
+            raise NotFound(f"no content with the digest {digest}", hint="Upload it again; it may have been cleaned up.")
+        return place
+
+    def adopt(self, path: Path, digest: str) -> None:
+        """Move a finished file from ``incoming`` into its place; its digest was checked by the caller."""
+        place = self._place(digest)
+        place.parent.mkdir(exist_ok=True)
+        path.chmod(0o444)
+        path.replace(place)
+        _sync_folder(place.parent)
+
+    def _place(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise NotFound(f"{ascii(digest)[:80]} is not a digest", hint="A digest is 64 hexadecimal digits.")
+        return self.root / digest[:2] / digest
+
+    def _put(self, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        if self._place(digest).is_file():
+            return digest
+        handle, name = tempfile.mkstemp(dir=self.incoming)
+        with os.fdopen(handle, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        self.adopt(Path(name), digest)
+        return digest
+
+    def _put_file(self, path: Path) -> str:
+        handle, name = tempfile.mkstemp(dir=self.incoming)
+        digest = hashlib.sha256()
+        with os.fdopen(handle, "wb") as copy, path.open("rb") as source:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                copy.write(chunk)
+            copy.flush()
+            os.fsync(copy.fileno())
+        self.adopt(Path(name), digest.hexdigest())
+        return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: the name lives in the folder, and the folder has to reach the disk too."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+async def check_in(payload: Payload, blobs: Blobs) -> Payload:
+    """Return the payload as the log may hold it: its body in the store if it is larger than 64 KiB (a claim check)."""
+    if len(payload.body) <= INLINE_BYTES_MAX:
+        return payload
+    return Payload(type=payload.type, blob=await blobs.put(payload.body), size=len(payload.body))
+
+
+async def check_out(payload: Payload, blobs: Blobs) -> bytes:
+    """Return the body of a payload, wherever it lies."""
+    return payload.body if payload.blob is None else await blobs.get(payload.blob)

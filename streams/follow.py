@@ -1,0 +1,125 @@
+"""Ordered reading: every message after a sequence, in order, for ever, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+from uuid import uuid4
+
+import nats.errors
+import nats.js.errors
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+from streams.log import Log, Stored
+from streams.poll import Arrival, Poll
+from streams.topology import STREAM
+
+IDLE_S = 5.0
+INACTIVE_S = 60.0
+RETRY_S = 0.5
+
+
+async def follow(
+    log: Log, subjects: list[str], *, after: int = -1, window: int = 512, idle_s: float = IDLE_S
+) -> AsyncGenerator[list[Stored], None]:
+    """Yield every message on these subjects after sequence ``after``, in order and without a gap, in small batches.
+
+    With ``after=-1`` it begins with what is stored from now on. The reader sets the pace: at most ``window`` messages
+    wait here, the rest stay in the log. An empty batch comes when nothing happened for ``idle_s`` seconds. Break off
+    with ``aclose()`` (or ``contextlib.aclosing``), which removes the consumer.
+    """
+    position = await log.end_seq() if after < 0 else after
+    reader = _Reader(log, subjects, window)
+    try:
+        while True:
+            try:
+                await reader.open(position)
+            except (nats.errors.Error, OSError, TimeoutError):
+                await asyncio.sleep(RETRY_S)  # the server is away: the place in the log is ours, so nothing is missed
+                continue
+            while (batch := await reader.batch(idle_s)) is not None:
+                if batch:
+                    position = batch[-1].seq
+                yield batch
+            await reader.close()
+    finally:
+        await reader.close()
+
+
+class _Reader:
+    """One short-lived consumer. When its deliveries show a gap, or it is gone, ``batch`` says None."""
+
+    def __init__(self, log: Log, subjects: list[str], window: int) -> None:
+        self._log = log
+        self._subjects = subjects
+        self._window = window
+        self._waiting: list[Stored] = []
+        self._wake = asyncio.Event()
+        self._broken = False
+        self._place = 0
+        self._poll: Poll | None = None
+        self._name = ""
+
+    async def open(self, position: int) -> None:
+        self._waiting, self._broken, self._place = [], False, 0
+        self._wake.clear()
+        self._name = f"follow-{uuid4().hex[:16]}"
+        where: dict[str, Any] = (
+            {"filter_subject": self._subjects[0]} if len(self._subjects) == 1 else {"filter_subjects": self._subjects}
+        )
+        await self._log.link.jetstream().add_consumer(
+            STREAM,
+            ConsumerConfig(
+                name=self._name,
+                ack_policy=AckPolicy.NONE,
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=position + 1,
+                inactive_threshold=INACTIVE_S,
+                mem_storage=True,
+                num_replicas=1,
+                max_waiting=8,
+                **where,
+            ),
+        )
+        self._poll = Poll(self._log.link, self._name, self._take, self._lose)
+        await self._poll.start()
+        await self._poll.want(self._window)
+
+    def _take(self, arrived: Arrival) -> None:
+        if self._broken:
+            return
+        if arrived.place != self._place + 1:
+            self._lose()  # a delivery was lost on the way: start again after the last good one
+            return
+        self._place = arrived.place
+        self._waiting.append(Stored(arrived.seq, arrived.subject, arrived.body, arrived.at))
+        self._wake.set()
+
+    def _lose(self) -> None:
+        self._broken = True
+        self._wake.set()
+
+    async def batch(self, idle_s: float) -> list[Stored] | None:
+        """Return what has arrived, [] if nothing did for a while, None if the consumer has to be made anew."""
+        if not self._waiting and not self._broken:
+            try:
+                async with asyncio.timeout(idle_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                return []
+        self._wake.clear()
+        found, self._waiting = self._waiting, []
+        if found:
+            if self._poll is not None and self._poll.outstanding <= self._window // 2:
+                await self._poll.want(self._window)
+            return found
+        return None if self._broken else []
+
+    async def close(self) -> None:
+        poll, self._poll = self._poll, None
+        if poll is not None:
+            await poll.close()
+            with contextlib.suppress(Exception):  # the server removes it by itself after a minute of silence
+                await self._log.link.jetstream(timeout_s=1).delete_consumer(STREAM, self._name)

@@ -1,0 +1,294 @@
+"""The read model: the log folded into Redis, so that a list of runs costs no search through the log.
+
+Redis holds nothing that matters. The writer keeps its position in the log beside the data and moves both in one
+transaction; when Redis comes back empty, or with an older state, it finds another position there than it left and
+begins again from it.
+
+    hr:position       sequence of the log up to which everything here is true
+    hr:run:<id>       hash: ``r`` the run, ``i:<invocation>`` its invocations
+    hr:runs           all runs by the sequence of their acceptance; hr:route:<route> and hr:state:<state> likewise
+    hr:open:<route>   runs of a route that have not ended
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any
+
+import redis.exceptions
+from redis.asyncio import Redis
+
+from headrace.errors import BadRequest, Unavailable
+from headrace.model import RunPage, RunView
+from headrace.wire import decode, encode
+from streams.follow import follow
+from streams.log import Log, Stored
+from streams.record import InvocationRecord, RunRecord, apply, apply_invocation, fact_of, view
+
+_log = logging.getLogger(__name__)
+
+FACTS = ["hr.work.>", "hr.done.>", "hr.end.>", "hr.start.>", "hr.try.>", "hr.cancel.>"]
+POSITION = "hr:position"
+RUNS = "hr:runs"
+RECORDS_CACHED_MAX = 20_000
+WINDOW = 2048
+RETRY_S = 0.5
+TRIM_AT_ONCE = 500
+PAGE_MAX = 1000
+SCAN_MAX = 20_000
+
+
+def _run_key(run: str) -> str:
+    return f"hr:run:{run}"
+
+
+class _Moved(Exception):
+    """Redis is at another position than this writer left it at: it was wiped, replaced, or has another writer."""
+
+
+class Writer:
+    """Follows the log into Redis. One is at work at a time; a second one notices and starts over behind the first."""
+
+    def __init__(self, log: Log, redis: Redis, *, runs_max: int = 100_000) -> None:
+        self._log = log
+        self._redis: Any = redis  # redis-py's types cannot tell that answers are bytes here
+        self._runs_max = runs_max
+        self._cache: OrderedDict[str, RunRecord] = OrderedDict()
+        self._position = 0
+
+    async def run(self) -> None:
+        """Follow for ever; while Redis is away nothing is lost, it is caught up with later."""
+        while True:
+            try:
+                await self._follow()
+            except _Moved as moved:
+                _log.warning("the read model is at another position (%s); reading the log from there", moved)
+            except (redis.exceptions.RedisError, OSError, Unavailable) as error:
+                _log.warning("the read model cannot be written: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _follow(self) -> None:
+        self._cache.clear()
+        self._position = int(await self._redis.get(POSITION) or 0)
+        async with aclosing(follow(self._log, FACTS, after=self._position, window=WINDOW)) as batches:
+            async for batch in batches:
+                if batch:
+                    await self.step(batch)
+                elif int(await self._redis.get(POSITION) or 0) != self._position:
+                    raise _Moved("it changed while nothing happened")
+
+    async def step(self, batch: Sequence[Stored]) -> None:
+        """Fold a batch of facts and write what changed, together with the new position."""
+        facts = [(fact, stored) for stored in batch if (fact := fact_of(stored)) is not None]
+        before = await self._records({fact.run_id for fact, _ in facts})
+        now: dict[str, RunRecord] = {}
+        invocations: dict[tuple[str, str], InvocationRecord] = {}
+        for fact, stored in facts:
+            known = now.get(fact.run_id, before.get(fact.run_id))
+            record = apply(known, fact, stored)
+            if record is None:
+                continue  # its beginning is older than the log keeps: nothing to show
+            now[fact.run_id] = record
+            identity = getattr(fact, "invocation_id", None)
+            if identity is not None:
+                key = (fact.run_id, identity)
+                changed = apply_invocation(invocations.get(key), fact, stored)
+                if changed is not None:
+                    invocations[key] = changed
+        await self._write(before, now, invocations, batch[-1].seq)
+
+    async def _records(self, runs: set[str]) -> dict[str, RunRecord]:
+        """Return the known records of these runs, from the cache or from Redis."""
+        found = {run: self._cache[run] for run in runs if run in self._cache}
+        missing = [run for run in runs if run not in found]
+        if missing and self._position:
+            pipe = self._redis.pipeline(transaction=False)
+            for run in missing:
+                pipe.hget(_run_key(run), "r")
+            for run, raw in zip(missing, await pipe.execute(), strict=True):
+                if raw is not None:
+                    found[run] = decode(raw, RunRecord)
+        return found
+
+    async def _write(
+        self,
+        before: dict[str, RunRecord],
+        now: dict[str, RunRecord],
+        invocations: dict[tuple[str, str], InvocationRecord],
+        position: int,
+    ) -> None:
+        async with self._redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(POSITION)
+            there = int(await pipe.get(POSITION) or 0)
+            if there != self._position:
+                raise _Moved(f"{there} instead of {self._position}")
+            pipe.multi()
+            fields: dict[str, dict[str, bytes]] = {run: {"r": encode(record)} for run, record in now.items()}
+            for (run, identity), one in invocations.items():
+                fields[run]["i:" + identity] = encode(one)
+            for run, mapping in fields.items():
+                pipe.hset(_run_key(run), mapping=mapping)
+            for run, record in now.items():
+                _index(pipe, before.get(run), record)
+            pipe.set(POSITION, position)
+            try:
+                await pipe.execute()
+            except redis.exceptions.WatchError as error:
+                raise _Moved("another writer") from error
+        self._position = position
+        for run, record in now.items():
+            self._cache[run] = record
+            self._cache.move_to_end(run)
+        while len(self._cache) > RECORDS_CACHED_MAX:
+            self._cache.popitem(last=False)
+        await self._trim()
+
+    async def _trim(self) -> None:
+        """Forget the oldest ended runs beyond the limit; the log still has them."""
+        surplus = int(await self._redis.zcard(RUNS)) - self._runs_max
+        if surplus < TRIM_AT_ONCE:
+            return
+        oldest = [r.decode() for r in await self._redis.zrange(RUNS, 0, surplus - 1)]
+        records = await self._records(set(oldest))
+        pipe = self._redis.pipeline(transaction=True)
+        for run in oldest:
+            record = records.get(run)
+            if record is not None and record.ended:
+                pipe.delete(_run_key(run))
+                pipe.zrem(RUNS, run)
+                pipe.zrem(f"hr:route:{record.route}", run)
+                pipe.zrem(f"hr:state:{record.state}", run)
+                self._cache.pop(run, None)
+        await pipe.execute()
+
+
+def _index(pipe: Any, before: RunRecord | None, record: RunRecord) -> None:
+    """Keep the sorted sets true for one changed run."""
+    run, order = record.run_id, {record.run_id: record.first_seq}
+    if before is None:
+        pipe.zadd(RUNS, order)
+        pipe.zadd(f"hr:route:{record.route}", order)
+        if not record.ended:
+            pipe.zadd(f"hr:open:{record.route}", order)
+    elif record.ended and not before.ended:
+        pipe.zrem(f"hr:open:{record.route}", run)
+    if before is None or before.state != record.state:
+        if before is not None:
+            pipe.zrem(f"hr:state:{before.state}", run)
+        pipe.zadd(f"hr:state:{record.state}", order)
+
+
+class Reader:
+    """Reads what the writer wrote. Every method raises ``Unavailable`` while Redis is away."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis
+
+    async def position(self) -> int:
+        """Return the sequence of the log up to which this read model is true."""
+        try:
+            return int(await self._redis.get(POSITION) or 0)
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise _away() from error
+
+    async def record(self, run: str) -> RunRecord | None:
+        """Return the state of a run without its invocations."""
+        try:
+            raw = await self._redis.hget(_run_key(run), "r")
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise _away() from error
+        return None if raw is None else decode(raw, RunRecord)
+
+    async def run(self, run: str) -> RunView | None:
+        """Return a run with its invocations, or None where it is not known here."""
+        try:
+            raw = await self._redis.hgetall(_run_key(run))
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise _away() from error
+        if b"r" not in raw:
+            return None
+        invocations = [decode(v, InvocationRecord) for k, v in raw.items() if k != b"r"]
+        return view(decode(raw[b"r"], RunRecord), invocations)
+
+    async def open_runs(self, route: str) -> int:
+        """Return how many runs of a route have not ended."""
+        try:
+            return int(await self._redis.zcard(f"hr:open:{route}"))
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise _away() from error
+
+    async def page(
+        self,
+        *,
+        state: str | None = None,
+        route: str | None = None,
+        since: float | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> RunPage:
+        """Return runs, newest first, without their invocations.
+
+        Args:
+            state: only runs in this state.
+            route: only runs of this route.
+            since: only runs accepted at or after this instant.
+            limit: at most so many, 1 to 1,000.
+            cursor: the ``next`` of the page before.
+
+        Raises:
+            BadRequest: the limit or the cursor is not possible.
+        """
+        if not 1 <= limit <= PAGE_MAX:
+            raise BadRequest(f"limit: {limit} is not possible", hint=f"Use 1 to {PAGE_MAX}.")
+        before = _cursor(cursor)
+        index = f"hr:state:{state}" if state else f"hr:route:{route}" if route else RUNS
+        found: list[RunRecord] = []
+        scanned = 0
+        more = True
+        while len(found) < limit and more and scanned < SCAN_MAX:
+            records = await self._newest(index, before, max(limit, 100))
+            more = len(records) == max(limit, 100)
+            scanned += len(records)
+            for seq, record in records:
+                before = seq
+                if record is None or (route and record.route != route) or (state and record.state != state):
+                    continue
+                if since is not None and record.accepted_at < since:
+                    continue
+                found.append(record)
+                if len(found) == limit:
+                    more = more or record is not records[-1][1]
+                    break
+        return RunPage(runs=[view(r, []) for r in found], next=str(before) if more and before else None)
+
+    async def _newest(self, index: str, before: int | None, count: int) -> list[tuple[int, RunRecord | None]]:
+        try:
+            members = await self._redis.zrevrangebyscore(
+                index, "+inf" if before is None else f"({before}", "-inf", start=0, num=count, withscores=True
+            )
+            pipe = self._redis.pipeline(transaction=False)
+            for run, _ in members:
+                pipe.hget(b"hr:run:" + run, "r")
+            raws = await pipe.execute()
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise _away() from error
+        return [
+            (int(score), None if raw is None else decode(raw, RunRecord))
+            for (_, score), raw in zip(members, raws, strict=True)
+        ]
+
+
+def _cursor(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 19:
+        raise BadRequest(f"cursor: {ascii(text)[:80]} is not one of ours", hint="Pass on `next` of the page before.")
+    return int(text)
+
+
+def _away() -> Unavailable:
+    return Unavailable("the read model does not answer", hint="Triggers are still accepted; read again in a moment.")

@@ -1,0 +1,105 @@
+"""One connection to NATS for a whole process: it reconnects for ever and notices a dead network within seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nats.aio.client import Client as NatsClient
+from nats.js import JetStreamContext
+
+_log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2
+PING_INTERVAL_S = 1
+PINGS_UNANSWERED_MAX = 3
+RECONNECT_WAIT_S = 0.1
+PENDING_BYTES_MAX = 64 * 1024 * 1024
+
+
+class Link:
+    """A NATS connection and those who want to know when it came back.
+
+    Pull requests and ephemeral consumers die with a connection: whoever holds one registers with ``on_reconnect`` and
+    asks again.
+    """
+
+    def __init__(self) -> None:
+        self.nc = NatsClient()
+        self._reconnected: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands at this moment."""
+        return bool(self.nc.is_connected)
+
+    def jetstream(self, timeout_s: float = 5.0) -> JetStreamContext:
+        """Return the JetStream interface for management requests."""
+        return self.nc.jetstream(timeout=timeout_s)
+
+    def on_reconnect(self, act: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """Have ``act`` awaited after each reconnect; call what is returned to stop that."""
+        self._reconnected.append(act)
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                self._reconnected.remove(act)
+
+        return forget
+
+    async def back(self) -> None:
+        """Called by the client after a reconnect."""
+        _log.warning("connected to NATS again")
+        for act in list(self._reconnected):
+            try:
+                await act()
+            except Exception:
+                _log.exception("after a reconnect, %r failed", act)
+
+    async def gone(self) -> None:
+        """Called by the client when the connection is lost."""
+        _log.warning("the connection to NATS is gone; trying again for ever")
+
+    async def failed(self, error: Exception) -> None:
+        """Called by the client when something goes wrong in the background."""
+        _log.warning("NATS says: %s", error)
+
+    async def close(self) -> None:
+        """Send what is waiting and close; an unreachable server does not hold this up."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2):
+                await self.nc.flush()
+        await self.nc.close()
+
+
+async def open_link(url: str, *, user: str = "", password: str = "", name: str = "headrace") -> Link:
+    """Connect to one or more servers (URLs parted by commas) and return the link.
+
+    Raises:
+        OSError, nats.errors.Error: no server answers at the first try, or the credentials are refused.
+    """
+    link = Link()
+    options: dict[str, Any] = {
+        "servers": url.split(","),
+        "name": name,
+        "inbox_prefix": f"_INBOX_{user or name}",
+        "allow_reconnect": True,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": RECONNECT_WAIT_S,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "ping_interval": PING_INTERVAL_S,
+        "max_outstanding_pings": PINGS_UNANSWERED_MAX,
+        "pending_size": PENDING_BYTES_MAX,
+        # Subjects are built from checked names in one place (topology.py), so checking each again is wasted time.
+        "skip_subject_validation": True,
+        "error_cb": link.failed,
+        "disconnected_cb": link.gone,
+        "reconnected_cb": link.back,
+    }
+    if user:
+        options |= {"user": user, "password": password}
+    await link.nc.connect(**options)
+    return link

@@ -1,0 +1,140 @@
+"""Pull requests that stay open: the server holds the request, so a message costs no question.
+
+A poll dies with the connection, with the server, and silently when a request is lost. So it asks again after a
+reconnect, when its requests expire, and when heartbeats stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from streams.link import Link
+from streams.topology import STREAM
+
+EXPIRES_S = 60
+HEARTBEAT_S = 10
+SILENCE_S = 25.0
+
+
+class Arrival(NamedTuple):
+    """A message as a consumer delivers it: ``delivered`` counts deliveries, ``place`` the consumer's own order."""
+
+    seq: int
+    subject: str
+    body: bytes
+    at: float
+    delivered: int
+    place: int
+    reply: str
+
+
+def arrival(message: Msg) -> Arrival:
+    """Read the place of a delivered message from its reply subject ($JS.ACK, with or without domain and account)."""
+    parts = message.reply.split(".")
+    base = 4 if len(parts) == 9 else 6
+    return Arrival(
+        int(parts[base + 1]),
+        message.subject,
+        message.data,
+        int(parts[base + 3]) / 1e9,
+        int(parts[base]),
+        int(parts[base + 2]),
+        message.reply,
+    )
+
+
+class Poll:
+    """Open requests on one consumer. ``wanted`` messages are outstanding at most; ``take`` gets each that arrives."""
+
+    def __init__(self, link: Link, consumer: str, take: Callable[[Arrival], None], lost: Callable[[], None]) -> None:
+        self._link = link
+        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
+        self._take = take
+        self._lost = lost
+        self._numbers = itertools.count(1)
+        self._asked: dict[str, int] = {}
+        self._prefix = ""
+        self._sub: Subscription | None = None
+        self._forget: Callable[[], None] | None = None
+        self._guard: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
+        self._wanted = 0
+
+    @property
+    def outstanding(self) -> int:
+        """How many messages the server may still send without being asked again."""
+        return sum(self._asked.values())
+
+    async def start(self) -> None:
+        """Begin to listen; nothing is asked for yet."""
+        self._prefix = self._link.nc.new_inbox() + "."
+        self._sub = await self._link.nc.subscribe(self._prefix + "*", cb=self._hear)
+        self._forget = self._link.on_reconnect(self._restart)
+        self._guard = asyncio.create_task(self._watch(), name="poll-guard")
+
+    async def close(self) -> None:
+        """Stop listening. What the server sends to an open request after this comes to somebody else in time."""
+        if self._forget is not None:
+            self._forget()
+        if self._guard is not None:
+            self._guard.cancel()
+        if self._sub is not None and not self._link.nc.is_closed:
+            with contextlib.suppress(Exception):
+                await self._sub.unsubscribe()
+
+    async def want(self, messages: int) -> None:
+        """Ask for as many more as bring the outstanding ones to this number; fewer than now asks for nothing."""
+        self._wanted = messages
+        more = messages - self.outstanding
+        if more <= 0 or not self._link.connected:
+            return
+        number = str(next(self._numbers))
+        self._asked[number] = more
+        self._heard_at = asyncio.get_running_loop().time()
+        request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (
+            more,
+            EXPIRES_S * 1_000_000_000,
+            HEARTBEAT_S * 1_000_000_000,
+        )
+        with contextlib.suppress(OSError):  # a connection lost this instant: the reconnect asks again
+            await self._link.nc.publish(self._next, request, reply=self._prefix + number)
+
+    async def _hear(self, message: Msg) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        number = message.subject[len(self._prefix) :]
+        status = message.headers.get("Status") if message.headers is not None else None
+        if status is None:
+            left = self._asked.get(number)
+            if left is not None:
+                if left <= 1:
+                    del self._asked[number]
+                else:
+                    self._asked[number] = left - 1
+            self._take(arrival(message))
+        elif status != "100":  # 100 is a heartbeat; all others end the request: expired, refused, consumer gone
+            self._asked.pop(number, None)
+            if status == "404" or "Deleted" in str((message.headers or {}).get("Description", "")):
+                self._lost()
+            elif not self._asked:
+                await self.want(self._wanted)
+
+    async def _restart(self) -> None:
+        self._asked.clear()
+        if self._wanted:
+            await self.want(self._wanted)
+
+    async def _watch(self) -> None:
+        """Ask again when a request has been open for long without a sign of life."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            silent_s = asyncio.get_running_loop().time() - self._heard_at
+            if self._asked and silent_s > SILENCE_S and self._link.connected:
+                self._lost()
+                await self._restart()

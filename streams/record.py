@@ -1,0 +1,305 @@
+"""The facts of a run folded into its state: pure, and the same for the read model, the gateway and the tests.
+
+Facts arrive in the order of the log. Each is applied once; what is final stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec import Struct, structs
+
+from headrace.clock import format_instant, maybe_instant
+from headrace.model import (
+    FINAL,
+    ErrorInfo,
+    EventView,
+    InvocationState,
+    InvocationView,
+    Links,
+    Quote,
+    RunState,
+    RunView,
+    TimeLedger,
+)
+from headrace.wire import (
+    Attempt,
+    Cancel,
+    Invocation,
+    Outcome,
+    RunEnd,
+    Started,
+    decode,
+)
+from streams.log import Stored
+from streams.topology import kind_of
+
+INVOCATIONS_SHOWN_MAX = 1000
+
+
+class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of a run; instants in epoch seconds. ``seq`` is the last fact that changed it.
+
+    ``answer_id`` names the invocation whose outcome holds the answer, ``explicit`` says that it was given with
+    ``ctx.answer``.
+    """
+
+    run_id: str
+    route: str
+    function: str
+    tenant: str
+    event: EventView
+    state: RunState
+    accepted_at: float
+    seq: int
+    first_seq: int
+    deadline: float | None = None
+    quote: Quote | None = None
+    answered_at: float | None = None
+    ended_at: float | None = None
+    answer_id: str | None = None
+    explicit: bool = False
+    spent: TimeLedger = TimeLedger()
+    error: ErrorInfo | None = None
+    invocations: int = 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is final."""
+        return self.state in FINAL
+
+    @property
+    def deadline_met(self) -> bool | None:
+        """Whether the answer was there in time; None while that is open, and without a deadline."""
+        if self.deadline is None:
+            return None
+        if self.answered_at is not None:
+            return self.answered_at <= self.deadline
+        return False if self.ended else None
+
+
+class InvocationRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of an invocation; instants in epoch seconds."""
+
+    invocation_id: str
+    function: str
+    version: str
+    state: InvocationState
+    seq: int
+    parent_id: str | None = None
+    attempts: int = 0
+    queued_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    worker: str | None = None
+    error: ErrorInfo | None = None
+
+
+Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel
+_KINDS: dict[str, type[Fact]] = {
+    "work": Invocation,
+    "done": Outcome,
+    "end": RunEnd,
+    "start": Started,
+    "try": Attempt,
+    "cancel": Cancel,
+}
+
+
+def fact_of(stored: Stored) -> Fact | None:
+    """Return the fact that a message of the log holds, or None for one that does not change a run's state."""
+    kind = _KINDS.get(kind_of(stored.subject))
+    return None if kind is None else decode(stored.body, kind)
+
+
+def apply(record: RunRecord | None, fact: Fact, stored: Stored) -> RunRecord | None:
+    """Return the run after one more fact. Without its first invocation a run is unknown and stays None."""
+    if record is None:
+        return _begin(fact, stored) if isinstance(fact, Invocation) and fact.parent_id is None else None
+    if stored.seq <= record.seq or record.ended:
+        return record
+    match fact:
+        case Started() | Attempt():
+            return structs.replace(record, state="running", seq=stored.seq)
+        case Outcome():
+            return _outcome(record, fact, stored)
+        case RunEnd():
+            return _end(record, fact, stored)
+        case Cancel():
+            return structs.replace(
+                record,
+                state="canceled",
+                ended_at=stored.at,
+                seq=stored.seq,
+                error=ErrorInfo(kind="canceled", message=fact.reason or "the run was canceled"),
+            )
+        case _:
+            return record
+
+
+def _begin(first: Invocation, stored: Stored) -> RunRecord:
+    event = first.event
+    return RunRecord(
+        run_id=first.run_id,
+        route=first.route,
+        function=first.function,
+        tenant=first.tenant,
+        event=EventView(id="", source="", type="")
+        if event is None
+        else EventView(id=event.id, source=event.source, type=event.type, subject=event.subject, time=event.time),
+        state="accepted",
+        accepted_at=first.accepted_at,
+        deadline=first.deadline,
+        quote=first.quote,
+        seq=stored.seq,
+        first_seq=stored.seq,
+    )
+
+
+def _outcome(record: RunRecord, done: Outcome, stored: Stored) -> RunRecord:
+    record = structs.replace(record, state="running", seq=stored.seq, invocations=record.invocations + done.children)
+    if done.answer is not None and not record.explicit:
+        record = structs.replace(
+            record,
+            answered_at=stored.at,
+            answer_id=done.invocation_id,
+            explicit=True,
+            spent=_with_commit(done.spent, done.ended_at, stored.at),
+        )
+    if done.error is not None and record.error is None:
+        record = structs.replace(record, error=done.error)
+    return record if done.end is None else _end(record, done.end, stored)
+
+
+def _end(record: RunRecord, end: RunEnd, stored: Stored) -> RunRecord:
+    record = structs.replace(record, state=end.state, ended_at=stored.at, seq=stored.seq)
+    if end.error is not None:
+        record = structs.replace(record, error=end.error)
+    if record.explicit:
+        return record
+    return structs.replace(
+        record,
+        spent=_with_commit(end.spent, end.ended_at, stored.at),
+        answered_at=stored.at if end.state == "succeeded" else None,
+        answer_id=end.answer_id,
+    )
+
+
+def _with_commit(spent: TimeLedger, ended_at: float, stored_at: float) -> TimeLedger:
+    return structs.replace(spent, commit_s=spent.commit_s + max(0.0, stored_at - ended_at))
+
+
+def apply_invocation(known: InvocationRecord | None, fact: Fact, stored: Stored) -> InvocationRecord | None:
+    """Return the invocation after one more fact of it; an outcome tells all by itself."""
+    match fact:
+        case Invocation():
+            return known or InvocationRecord(
+                invocation_id=fact.invocation_id,
+                parent_id=fact.parent_id,
+                function=fact.function,
+                version=fact.version,
+                state="queued",
+                queued_at=stored.at,
+                seq=stored.seq,
+            )
+        case Outcome():
+            return InvocationRecord(
+                invocation_id=fact.invocation_id,
+                parent_id=fact.parent_id,
+                function=fact.function,
+                version=fact.version,
+                state=fact.state,
+                attempts=fact.attempts,
+                queued_at=fact.queued_at,
+                started_at=fact.started_at,
+                ended_at=fact.ended_at,
+                worker=fact.worker,
+                error=fact.error,
+                seq=stored.seq,
+            )
+        case Started() | Attempt():
+            if known is not None and known.state in FINAL:
+                return known
+            failed = isinstance(fact, Attempt)
+            return InvocationRecord(
+                invocation_id=fact.invocation_id,
+                parent_id=fact.parent_id,
+                function=fact.function,
+                version=fact.version,
+                state="queued" if failed else "running",
+                attempts=fact.attempt,
+                queued_at=fact.queued_at,
+                started_at=fact.started_at,
+                worker=fact.worker,
+                error=fact.error if isinstance(fact, Attempt) else None,
+                seq=stored.seq,
+            )
+        case _:
+            return known
+
+
+def fold_run(facts: Iterable[Stored]) -> tuple[RunRecord, list[InvocationRecord]] | None:
+    """Fold the facts of one run, in the order of the log. None if its first invocation is not among them."""
+    record: RunRecord | None = None
+    invocations: dict[str, InvocationRecord] = {}
+    for stored in facts:
+        fact = fact_of(stored)
+        if fact is None:
+            continue
+        record = apply(record, fact, stored)
+        identity = getattr(fact, "invocation_id", None)
+        if identity is not None:
+            changed = apply_invocation(invocations.get(identity), fact, stored)
+            if changed is not None:
+                invocations[identity] = changed
+    return None if record is None else (record, list(invocations.values()))
+
+
+def view(record: RunRecord, invocations: Iterable[InvocationRecord]) -> RunView:
+    """Return a run as the outside sees it, with its first 1,000 invocations in the order they were queued."""
+    shown = sorted(invocations, key=lambda i: (i.queued_at or 0.0, i.seq))[:INVOCATIONS_SHOWN_MAX]
+    answered = record.answered_at
+    return RunView(
+        run_id=record.run_id,
+        route=record.route,
+        function=record.function,
+        tenant=record.tenant,
+        event=record.event,
+        state=record.state,
+        deadline=maybe_instant(record.deadline),
+        deadline_met=record.deadline_met,
+        accepted_at=format_instant(record.accepted_at),
+        answered_at=maybe_instant(answered),
+        ended_at=maybe_instant(record.ended_at),
+        time_to_solution_s=None if answered is None else max(0.0, answered - record.accepted_at),
+        time_ledger=record.spent,
+        quote=record.quote or Quote(),
+        invocations=[_shown(i, record) for i in shown],
+        invocations_total=record.invocations,
+        jobs=[],
+        error=record.error,
+        links=Links(
+            self=f"/v1/runs/{record.run_id}",
+            result=f"/v1/runs/{record.run_id}/result",
+            events=f"/v1/runs/{record.run_id}/events",
+        ),
+    )
+
+
+def _shown(one: InvocationRecord, record: RunRecord) -> InvocationView:
+    state: InvocationState = one.state
+    if record.state == "canceled" and state not in FINAL:
+        state = "canceled"
+    return InvocationView(
+        invocation_id=one.invocation_id,
+        parent_id=one.parent_id,
+        function=one.function,
+        version=one.version,
+        state=state,
+        attempts=one.attempts,
+        queued_at=maybe_instant(one.queued_at),
+        started_at=maybe_instant(one.started_at),
+        ended_at=maybe_instant(one.ended_at),
+        worker=one.worker,
+        error=one.error,
+    )

@@ -1,0 +1,154 @@
+"""What is registered: functions, their versions, and routes, as tables that every process holds a fresh copy of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Generic, TypeVar
+
+import nats.errors
+from nats.js.errors import KeyDeletedError, KeyNotFoundError
+from nats.js.kv import KeyValue
+
+from headrace.errors import Unavailable
+from headrace.wire import FunctionRecord, RouteRecord, decode, encode
+from streams.link import Link
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Table(Generic[T]):
+    """A key-value bucket with a copy in memory that follows it. Keys are checked names (joined by a dot)."""
+
+    def __init__(self, link: Link, bucket: str, kind: type[T]) -> None:
+        self._link = link
+        self._bucket = bucket
+        self._kind = kind
+        self._rows: dict[str, T] = {}
+        self._store: KeyValue | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._filled = asyncio.Event()
+
+    async def open(self) -> None:
+        """Fill the copy and keep it fresh from now on."""
+        self._store = await self._link.jetstream().key_value(self._bucket)
+        self._watching = asyncio.create_task(self._watch(), name=f"table-{self._bucket}")
+        await self._filled.wait()
+
+    async def close(self) -> None:
+        """Stop following."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    def get(self, name: str) -> T | None:
+        """Return the row from the copy in memory."""
+        return self._rows.get(name)
+
+    def items(self) -> dict[str, T]:
+        """Return the copy in memory; do not change it."""
+        return self._rows
+
+    async def fetch(self, name: str) -> T | None:
+        """Return the row as the server has it, for when the copy may be a moment behind.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        try:
+            entry = await self._bound().get(name)
+        except (KeyNotFoundError, KeyDeletedError):
+            return None
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise self._away() from error
+        row = decode(entry.value or b"", self._kind)
+        self._rows[name] = row
+        return row
+
+    async def put(self, name: str, row: T) -> None:
+        """Write a row; it is on disk and in this process's copy when this returns."""
+        try:
+            await self._bound().put(name, encode(row))
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise self._away() from error
+        self._rows[name] = row
+
+    async def delete(self, name: str) -> bool:
+        """Remove a row and say whether there was one."""
+        if await self.fetch(name) is None:
+            return False
+        try:
+            await self._bound().delete(name)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise self._away() from error
+        self._rows.pop(name, None)
+        return True
+
+    def _bound(self) -> KeyValue:
+        if self._store is None:
+            raise Unavailable(f"the table {self._bucket} is not open", hint="Call open() first.")
+        return self._store
+
+    def _away(self) -> Unavailable:
+        return Unavailable(f"the table {self._bucket} does not answer", hint="Try again in a moment.")
+
+    async def _watch(self) -> None:
+        """Follow the bucket; a watch that breaks is begun again from the current state of all keys."""
+        while True:
+            try:
+                watcher = await self._bound().watchall()
+                seen: set[str] = set()
+                told = False
+                try:
+                    async for entry in watcher:
+                        if entry is None:  # all that was there has been told (the client may say so more than once)
+                            if not told:
+                                for gone in self._rows.keys() - seen:
+                                    del self._rows[gone]
+                            told = True
+                            self._filled.set()
+                        elif entry.operation in ("DEL", "PURGE"):
+                            self._rows.pop(entry.key, None)
+                        else:
+                            seen.add(entry.key)
+                            self._rows[entry.key] = decode(entry.value or b"", self._kind)
+                finally:
+                    with contextlib.suppress(Exception):
+                        await watcher.stop()  # type: ignore[no-untyped-call] # nats-py leaves it untyped
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                _log.warning("watching the table %s: %s; beginning again", self._bucket, error)
+            await asyncio.sleep(0.5)
+
+
+class Tables:
+    """The three tables of a platform."""
+
+    def __init__(self, link: Link) -> None:
+        self.functions = Table(link, "functions", FunctionRecord)
+        self.versions = Table(link, "versions", FunctionRecord)
+        self.routes = Table(link, "routes", RouteRecord)
+
+    async def close(self) -> None:
+        """Stop following all of them."""
+        await asyncio.gather(self.functions.close(), self.versions.close(), self.routes.close())
+
+    def function(self, name: str) -> FunctionRecord | None:
+        """Return the current version of a function."""
+        return self.functions.get(name)
+
+    async def version(self, name: str, version: str) -> FunctionRecord | None:
+        """Return one version of a function, current or not."""
+        key = f"{name}.{version}"
+        return self.versions.get(key) or await self.versions.fetch(key)
+
+
+async def open_tables(link: Link) -> Tables:
+    """Open all tables and return them once their copies are filled."""
+    tables = Tables(link)
+    await asyncio.gather(tables.functions.open(), tables.versions.open(), tables.routes.open())
+    return tables

@@ -1,0 +1,71 @@
+"""Real servers for the tests, each on its own free port and in its own folder, and gone when the test is over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.embedded import NatsServer, RedisServer
+from infra.rights import ADMIN
+from streams import topology
+from streams.link import Link, open_link
+from streams.log import Log
+
+CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Turn a skip into a failure under CI: there, everything that a test needs has to be installed."""
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no setting of the developer's shell reach a test."""
+    for name in list(os.environ):
+        if name.startswith("HEADRACE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+async def nats_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    """A real nats-server with JetStream, synced, with the users and rights that ``headrace up`` gives it."""
+    server = NatsServer(tmp_path / "headrace")
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def redis_server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """A real redis-server with a password."""
+    server = RedisServer(tmp_path / "headrace")
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def link(nats_server: NatsServer) -> AsyncIterator[Link]:
+    """A connection with full rights to a log whose stream, lanes and tables exist."""
+    opened = await open_link(nats_server.url, user=ADMIN, password=nats_server.password(ADMIN), name="test")
+    await topology.ensure(opened, topology.Limits())
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def log(link: Link) -> AsyncIterator[Log]:
+    """An empty log, ready to append to."""
+    opened = Log(link)
+    await opened.start()
+    yield opened
+    await opened.close()

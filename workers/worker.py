@@ -1,0 +1,562 @@
+"""Take, run, commit: the life of an invocation in a worker.
+
+Record, then acknowledge: a delivery is acknowledged once its outcome, and all that follows from it, is in the log. A
+crash at any point before repeats the work; the outcome's subject takes one outcome for ever, so the effects count once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import aclosing
+
+import msgspec
+from msgspec import Struct
+
+from functions import effects, retries
+from functions.effects import Attempted, World
+from functions.scopes import Fill
+from headrace.clock import parse_duration
+from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, TooLarge, UserError
+from headrace.model import Code, ErrorInfo
+from headrace.wire import (
+    GATHER,
+    ITEMS,
+    JSON,
+    NOTHING,
+    SPREAD,
+    SPREADER,
+    Ask,
+    Attempt,
+    Cancel,
+    FunctionRecord,
+    Gather,
+    Granted,
+    Invocation,
+    Invoke,
+    Note,
+    Outcome,
+    Payload,
+    Returned,
+    Said,
+    Spread,
+    Started,
+    decode,
+    encode,
+)
+from streams.blobs import Blobs, check_in, check_out
+from streams.follow import follow
+from streams.intake import Delivery, Intake
+from streams.log import AlreadyThere, Log, Record, Stored
+from streams.tables import Tables
+from streams.topology import (
+    attempt_subject,
+    done_subject,
+    note_subject,
+    start_subject,
+)
+from workers.joins import Joins
+from workers.pool import Pool
+from workers.staging import grant
+
+_log = logging.getLogger(__name__)
+
+UNCOMMITTED_MAX = 2000
+STARTED_AFTER_S = 0.1
+NOTE_EVERY_S = 0.1
+APPEND_TIMEOUT_S = 60.0
+TROUBLE_DELAY_S = 1.0
+CANCELS_KEPT_MAX = 100_000
+CODES_KEPT_MAX = 64
+RESULT_BYTES_MAX = 16 * 1024 * 1024
+
+
+class Tools(Struct, frozen=True, kw_only=True):
+    """What a worker works with, made and owned by whoever starts it."""
+
+    name: str
+    log: Log
+    tables: Tables
+    blobs: Blobs
+    pool: Pool
+    slots: int
+
+
+class Worker:
+    """Runs invocations from all lanes until it is told to stop."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._log = tools.log
+        self._intake = Intake(tools.log, slots=tools.slots)
+        self._joins = Joins(tools.log)
+        self._free = asyncio.Semaphore(tools.slots)
+        self._uncommitted = asyncio.Semaphore(UNCOMMITTED_MAX)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: dict[str, set[asyncio.Task[Returned]]] = {}
+        self._canceled: OrderedDict[str, None] = OrderedDict()
+        self._codes: OrderedDict[str, Code] = OrderedDict()
+        self._spreads: OrderedDict[str, list[Payload]] = OrderedDict()
+        self._rng = random.Random()  # noqa: S311 - jitter of delays, no secret depends on it
+
+    async def run(self, stop: asyncio.Event, drain_s: float = 10.0) -> None:
+        """Work until ``stop`` is set; then finish what runs (``drain_s`` seconds at most), hand back the rest."""
+        await self._intake.start()
+        cancels = asyncio.create_task(self._follow_cancels(), name="worker-cancels")
+        taking = asyncio.create_task(self._take_for_ever(), name="worker-take")
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if taking in done:
+                taking.result()
+        finally:
+            for task in (taking, stopping, cancels):
+                task.cancel()
+            await asyncio.gather(taking, stopping, cancels, return_exceptions=True)
+            await self._intake.close()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=drain_s)
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _take_for_ever(self) -> None:
+        while True:
+            await self._free.acquire()
+            try:
+                await self._uncommitted.acquire()
+                delivery = await self._intake.take()
+            except asyncio.CancelledError:
+                self._free.release()
+                raise
+            task = asyncio.create_task(self._handle(delivery))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, delivery: Delivery) -> None:
+        slot = _Once(self._free.release)
+        try:
+            if await self.step(delivery, slot.release):
+                await delivery.ack()
+        except asyncio.CancelledError:
+            await delivery.give_back()
+            raise
+        except HeadraceError as error:
+            _log.warning("invocation %s goes back: %s", delivery.invocation.invocation_id, error)
+            await delivery.give_back(TROUBLE_DELAY_S)
+        except Exception:
+            _log.exception("invocation %s goes back", delivery.invocation.invocation_id)
+            await delivery.give_back(TROUBLE_DELAY_S)
+        finally:
+            slot.release()
+            self._uncommitted.release()
+
+    async def step(self, delivery: Delivery, slot_free: Callable[[], None]) -> bool:
+        """Handle one delivery and return whether it may be acknowledged; if not, it was handed back already.
+
+        Raises:
+            Unavailable: the log does not answer; nothing was acknowledged.
+        """
+        invocation = delivery.invocation
+        if invocation.run_id in self._canceled:
+            return True
+        attempt = 1
+        if delivery.delivered > 1:
+            done, failed = await self._before(invocation)
+            if done is not None:
+                await self._fill(decode(done.body, Outcome), done.seq, done.at)
+                return True
+            if failed is not None:
+                attempt = failed.attempt + 1
+                if failed.retry_at - time.time() > 0.005:
+                    await delivery.give_back(failed.retry_at - time.time())
+                    return False
+        if invocation.not_before - time.time() > 0.005:
+            await delivery.give_back(invocation.not_before - time.time())
+            return False
+        if invocation.on_late == "cancel" and invocation.deadline is not None and time.time() > invocation.deadline:
+            await self._give_up(delivery, attempt, ErrorInfo(kind="deadline", message="the deadline has passed"))
+            return True
+        if invocation.function == SPREADER:
+            slot_free()
+            await self._spread(delivery)
+            return True
+        return await self._attempt(delivery, attempt, slot_free)
+
+    async def _before(self, invocation: Invocation) -> tuple[Stored | None, Attempt | None]:
+        """Look for what an earlier delivery left: the outcome, or the newest failed attempt."""
+        run, identity = invocation.run_id, invocation.invocation_id
+        found = await self._log.last_of_each([done_subject(run, identity), attempt_subject(run, identity, "*")])
+        outcome_at = done_subject(run, identity)
+        failed: Attempt | None = None
+        for stored in found:
+            if stored.subject == outcome_at:
+                return stored, None
+            failed = decode(stored.body, Attempt)
+        return None, failed
+
+    # ------------------------------------------------------------ one attempt
+
+    async def _attempt(self, delivery: Delivery, attempt: int, slot_free: Callable[[], None]) -> bool:
+        invocation = delivery.invocation
+        started_at = time.time()
+        voice = _Voice(self._log, delivery, self._tools.name, attempt, started_at)
+        record: FunctionRecord | None = None
+        error: FunctionError
+        try:
+            record = await self._tools.tables.version(invocation.function, invocation.version)
+            if record is None:
+                raise LoadError(
+                    f"version {invocation.version} of {invocation.function} is not registered", hint="Deploy it again."
+                )
+            returned = await self._run(delivery, attempt, record, voice)
+        except FunctionError as failure:
+            error = failure
+        except asyncio.CancelledError:
+            if invocation.run_id not in self._canceled:
+                raise
+            await voice.close()
+            return True
+        else:
+            slot_free()
+            ended_at = time.time()
+            self._intake.learn(delivery.lane, ended_at - started_at)
+            tried = self._tried(delivery, attempt, started_at, ended_at)
+            try:
+                await self._succeed(delivery, tried, returned, await voice.close())
+            except (UserError, TooLarge) as refused:
+                error = refused if isinstance(refused, UserError) else UserError(str(refused), hint=refused.hint)
+                error.retry = False
+            else:
+                return True
+        slot_free()
+        ended_at = time.time()
+        self._intake.learn(delivery.lane, ended_at - started_at)
+        tried = self._tried(delivery, attempt, started_at, ended_at)
+        return await self._failed(delivery, tried, error, record, await voice.close())
+
+    async def _run(self, delivery: Delivery, attempt: int, record: FunctionRecord, voice: _Voice) -> Returned:
+        invocation = delivery.invocation
+        kind, body = await self._body(invocation)
+        invoke = Invoke(
+            run_id=invocation.run_id,
+            invocation_id=invocation.invocation_id,
+            attempt=attempt,
+            function=invocation.function,
+            version=invocation.version,
+            type=kind,
+            body=body,
+            deadline=invocation.deadline,
+            event=invocation.event,
+        )
+
+        async def code() -> Code:
+            return await self._code(record.code_blob)
+
+        async def ask(what: Ask) -> Granted:
+            return await grant(what, self._tools.blobs)
+
+        running = asyncio.ensure_future(
+            self._tools.pool.run(
+                invoke,
+                code,
+                timeout_s=parse_duration(record.options.timeout),
+                on_said=voice.said,
+                on_line=voice.line,
+                on_ask=ask,
+            )
+        )
+        mine = self._running.setdefault(invocation.run_id, set())
+        mine.add(running)
+        try:
+            return await running
+        finally:
+            running.cancel()
+            mine.discard(running)
+            if not mine:
+                self._running.pop(invocation.run_id, None)
+
+    async def _body(self, invocation: Invocation) -> tuple[str, bytes]:
+        """Return the content type and the bytes that the function gets, wherever they lie."""
+        payload = invocation.payload
+        if payload.type != GATHER:
+            return payload.type, await check_out(payload, self._tools.blobs)
+        gather = decode(await check_out(payload, self._tools.blobs), Gather)
+        results = [decode(s.body, Outcome).result or NOTHING for s in await self._log.at(gather.outcomes)]
+        bodies = [await check_out(r, self._tools.blobs) for r in results]
+        if sum(map(len, bodies)) > RESULT_BYTES_MAX:
+            raise UserError(
+                f"the results of {len(bodies):,} branches are larger than {RESULT_BYTES_MAX:,} bytes together",
+                hint="Let the members keep their data with ctx.store(...) and return the URI.",
+                transient=False,
+            )
+        if all(r.type == JSON for r in results):
+            return JSON, b"[" + b",".join(bodies) + b"]"
+        return ITEMS, encode([(r.type, b) for r, b in zip(results, bodies, strict=True)])
+
+    async def _code(self, blob: str) -> Code:
+        known = self._codes.get(blob)
+        if known is None:
+            known = self._codes[blob] = decode(await self._tools.blobs.get(blob), Code)
+            while len(self._codes) > CODES_KEPT_MAX:
+                self._codes.popitem(last=False)
+        self._codes.move_to_end(blob)
+        return known
+
+    def _tried(self, delivery: Delivery, attempt: int, started_at: float, ended_at: float) -> Attempted:
+        return Attempted(
+            attempt=attempt,
+            worker=self._tools.name,
+            queued_at=delivery.at,
+            started_at=started_at,
+            ended_at=ended_at,
+        )
+
+    # ------------------------------------------------------------ commit
+
+    async def _succeed(self, delivery: Delivery, tried: Attempted, returned: Returned, notes: list[Record]) -> None:
+        """Commit the outcome and its effects as one unit, then count the slot it fills."""
+        blobs = self._tools.blobs
+        kept = {
+            position: await check_in(_listed(payloads), blobs)
+            for position, payloads in effects.large_maps(returned.effects).items()
+        }
+        outcome, unit = effects.succeed(
+            delivery.invocation,
+            tried,
+            result=await check_in(returned.result, blobs),
+            answer=None if returned.answer is None else await check_in(returned.answer, blobs),
+            effects=[await _checked_in(e, blobs) for e in returned.effects] if returned.effects else [],
+            kept=kept,
+            world=World(
+                function=self._tools.tables.function,
+                routes=self._tools.tables.routes.items().values(),
+                now=time.time(),
+            ),
+        )
+        await self._commit(outcome, [*notes, *unit])
+
+    async def _commit(self, outcome: Outcome, unit: list[Record]) -> None:
+        try:
+            seqs = await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
+        except AlreadyThere:
+            # Another attempt was first: its outcome and its effects stand. Its slot may still have to be counted.
+            stored = await self._log.last(done_subject(outcome.run_id, outcome.invocation_id))
+            if stored is not None:
+                await self._fill(decode(stored.body, Outcome), stored.seq, stored.at)
+        else:
+            await self._fill(outcome, seqs[-1], time.time())
+
+    async def _fill(self, outcome: Outcome, seq: int, at: float) -> None:
+        if outcome.slot is not None:
+            failed = outcome.state != "succeeded"
+            await self._joins.fill(
+                Fill(slot=outcome.slot, outcome=outcome, seq=seq, at=at, failed=failed, error=outcome.error)
+            )
+
+    async def _failed(
+        self,
+        delivery: Delivery,
+        tried: Attempted,
+        error: FunctionError,
+        record: FunctionRecord | None,
+        notes: list[Record],
+    ) -> bool:
+        """Record a failed attempt: another one follows, or the invocation is given up on."""
+        invocation = delivery.invocation
+        info = ErrorInfo(kind=error.kind, message=_told(error), traceback=error.traceback)
+        again = retries.retry_at(
+            error,
+            attempt=tried.attempt,
+            retries=0 if record is None else record.options.retries,
+            now=tried.ended_at,
+            rng=self._rng,
+        )
+        if isinstance(error, ChildLost):
+            _log.warning("invocation %s of %s: %s", invocation.invocation_id, invocation.function, error)
+        if again is None:
+            outcome, unit = effects.fail(invocation, tried, info)
+            await self._commit(outcome, [*notes, *unit])
+            return True
+        subject = attempt_subject(invocation.run_id, invocation.invocation_id, tried.attempt)
+        failed = Attempt(
+            run_id=invocation.run_id,
+            invocation_id=invocation.invocation_id,
+            function=invocation.function,
+            version=invocation.version,
+            worker=tried.worker,
+            attempt=tried.attempt,
+            queued_at=tried.queued_at,
+            started_at=tried.started_at,
+            ended_at=tried.ended_at,
+            retry_at=again,
+            error=info,
+            parent_id=invocation.parent_id,
+        )
+        with contextlib.suppress(AlreadyThere):
+            await self._log.append([*notes, Record(subject, encode(failed), subject)], timeout_s=APPEND_TIMEOUT_S)
+        await delivery.give_back(max(0.0, again - time.time()))
+        return False
+
+    async def _give_up(self, delivery: Delivery, attempt: int, error: ErrorInfo) -> None:
+        now = time.time()
+        tried = self._tried(delivery, attempt, now, now)
+        outcome, unit = effects.fail(delivery.invocation, tried, error, "canceled")
+        await self._commit(outcome, unit)
+
+    async def _spread(self, delivery: Delivery) -> None:
+        """Start one part of a large map. The list of payloads is the same for all parts, so it is kept for a while."""
+        started_at = time.time()
+        work = decode(delivery.invocation.payload.body, Spread)
+        key = work.payloads.blob or work.slot.scope
+        payloads = self._spreads.get(key)
+        if payloads is None:
+            raw = await check_out(work.payloads, self._tools.blobs)
+            payloads = self._spreads[key] = decode(raw, list[Payload])
+            while len(self._spreads) > 4:
+                self._spreads.popitem(last=False)
+        tried = self._tried(delivery, 1, started_at, time.time())
+        with contextlib.suppress(AlreadyThere):
+            await self._log.append(
+                effects.spread(delivery.invocation, tried, work, payloads, time.time()), timeout_s=APPEND_TIMEOUT_S
+            )
+
+    # ------------------------------------------------------------ cancel
+
+    async def _follow_cancels(self) -> None:
+        """Hear of runs to be canceled: stop what runs of them, and drop what comes later."""
+        async with aclosing(follow(self._log, ["hr.cancel.>"], after=0)) as batches:
+            async for batch in batches:
+                for stored in batch:
+                    run = decode(stored.body, Cancel).run_id
+                    self._canceled[run] = None
+                    for task in list(self._running.get(run, ())):
+                        task.cancel()
+                while len(self._canceled) > CANCELS_KEPT_MAX:
+                    self._canceled.popitem(last=False)
+
+
+class _Once:
+    """Calls something once, however often it is asked to."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act: Callable[[], None] | None = act
+
+    def release(self) -> None:
+        act, self._act = self._act, None
+        if act is not None:
+            act()
+
+
+class _Voice:
+    """What one attempt says, on its way to the log: gathered for a moment, so that a chatty body costs few messages."""
+
+    def __init__(self, log: Log, delivery: Delivery, worker: str, attempt: int, started_at: float) -> None:
+        self._log = log
+        self._invocation = delivery.invocation
+        self._lines: list[tuple[str, str]] = []
+        self._fraction: float | None = None
+        self._text = ""
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sending: set[asyncio.Task[None]] = set()
+        invocation = delivery.invocation
+        started = Started(
+            run_id=invocation.run_id,
+            invocation_id=invocation.invocation_id,
+            function=invocation.function,
+            version=invocation.version,
+            worker=worker,
+            attempt=attempt,
+            queued_at=delivery.at,
+            started_at=started_at,
+            parent_id=invocation.parent_id,
+        )
+        self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start, started)
+
+    def said(self, said: Said) -> None:
+        """Take a line of ``ctx.log`` or a progress report."""
+        if said.fraction is None:
+            self._lines.append((said.level, said.text))
+        else:
+            self._fraction, self._text = said.fraction, said.text
+        self._soon()
+
+    def line(self, stream: str, line: str) -> None:
+        """Take a line of stdout or stderr."""
+        self._lines.append((stream, line))
+        self._soon()
+
+    async def close(self) -> list[Record]:
+        """Return what has not been sent, to go in front of the outcome; all before it is in the log."""
+        self._start.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sending:
+            await asyncio.gather(*self._sending, return_exceptions=True)
+        note = self._note()
+        return [] if note is None else [note]
+
+    def _soon(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(NOTE_EVERY_S, self._send)
+
+    def _send(self) -> None:
+        self._timer = None
+        note = self._note()
+        if note is not None:
+            self._append(note)
+
+    def _note(self) -> Record | None:
+        if not self._lines and self._fraction is None:
+            return None
+        run, identity = self._invocation.run_id, self._invocation.invocation_id
+        note = Note(
+            run_id=run,
+            invocation_id=identity,
+            at=time.time(),
+            lines=self._lines,
+            fraction=self._fraction,
+            text=self._text,
+        )
+        self._lines, self._fraction, self._text = [], None, ""
+        return Record(note_subject(run, identity), encode(note))
+
+    def _tell_start(self, started: Started) -> None:
+        self._append(Record(start_subject(started.run_id, started.invocation_id), encode(started)))
+
+    def _append(self, record: Record) -> None:
+        task = self._loop.create_task(self._try_append(record))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _try_append(self, record: Record) -> None:
+        try:
+            await self._log.append([record])
+        except HeadraceError as error:  # what a function said is worth keeping, but not worth failing it
+            _log.warning("a note of invocation %s is lost: %s", self._invocation.invocation_id, error)
+
+
+def _listed(payloads: list[Payload]) -> Payload:
+    body = encode(payloads)
+    return Payload(type=SPREAD, body=body, size=len(body))
+
+
+async def _checked_in(effect: effects.Effect, blobs: Blobs) -> effects.Effect:
+    """Return the effect with payloads as the log may hold them."""
+    if isinstance(effect, effects.Map):
+        large = [i for i, p in enumerate(effect.payloads) if len(p.body) > 65536]
+        if not large:
+            return effect
+        payloads = [await check_in(p, blobs) for p in effect.payloads]
+        return msgspec.structs.replace(effect, payloads=payloads)
+    return msgspec.structs.replace(effect, payload=await check_in(effect.payload, blobs))
+
+
+def _told(error: FunctionError) -> str:
+    return f"{error} {error.hint}".strip() if error.hint else str(error)
