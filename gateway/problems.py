@@ -43,12 +43,6 @@ class Unreadable(BadRequest):
     title = "This format is not supported"
 
 
-class UnknownFunction(BadRequest):
-    """A route names a function that is not registered."""
-
-    title = "There is no such function"
-
-
 class KeyReused(Conflict):
     """The same event id came again with another body."""
 
@@ -72,7 +66,6 @@ MEANINGS: dict[type[HeadraceError], Meaning] = {
     BadRequest: Meaning(400, "bad-request"),
     BadName: Meaning(400, "bad-name"),
     Unreadable: Meaning(415, "unsupported-format"),
-    UnknownFunction: Meaning(422, "unknown-function"),
     TooLarge: Meaning(413, "too-large"),
     Unauthorized: Meaning(401, "unauthorized"),
     NotFound: Meaning(404, "not-found"),

@@ -1,119 +1,67 @@
-"""The platform from Python, as coroutines: ``AsyncClient`` and its ``AsyncRun``. ``headrace.sync`` has the plain form."""
+"""The platform from Python, as coroutines. ``headrace.sync`` has the same methods in the plain form."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import inspect
 import math
 import time
-import uuid
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
+from headrace import following, uploading
 from headrace.address import Address, find
-from headrace.clock import format_instant, parse_deadline
+from headrace.clock import format_instant
 from headrace.context import to_payload
-from headrace.errors import BadRequest, HeadraceError, NotFound, PlatformUnreachable, RunCanceled, RunFailed
+from headrace.errors import PlatformUnreachable
+from headrace.events import BATCH, STRUCTURED, new_id, to_json
+from headrace.following import read
+from headrace.handle import AsyncRun
 from headrace.model import (
-    FINAL,
     Code,
     Event,
     EventFilter,
     FunctionOptions,
     FunctionView,
-    Quote,
     Route,
     RouteView,
     RunPage,
     RunRef,
     RunState,
     RunView,
+    SiteView,
     StreamEvent,
 )
 from headrace.names import check_name
-from headrace.packing import pack, pack_file
+from headrace.packing import Packed, pack, pack_file
 from headrace.sdk import declaration, function_name
-from headrace.sse import messages
-from headrace.transport import Answer, Transport, delays, problem
-from headrace.wire import BYTES, JSON, Payload
-
-T = TypeVar("T")
+from headrace.transport import Answer, Transport
+from headrace.wire import JSON, Payload
 
 PATIENCE_S = 10.0
 PAGE_RUNS_MAX = 1000
 _DOOR_WAIT_S_MAX = 30.0  # how long one request is held at the gateway; longer waits go on from here
-_LOOK_AGAIN_S_MAX = 5.0
-_CHUNK_BYTES = 1024 * 1024
-
-Deadline = str | float | datetime
 
 
-class AsyncRun:
-    """One run on the platform. ``run_id`` names it everywhere; ``duplicate`` says that it was there already."""
+class _Started(msgspec.Struct):
+    runs: list[RunRef]
 
-    def __init__(
-        self, client: AsyncClient, run_id: str, *, ref: RunRef | None = None, seen: RunView | None = None
-    ) -> None:
-        self.run_id = run_id
-        self.route = ref.route if ref else seen.route if seen else ""
-        self.duplicate = ref.duplicate if ref else False
-        self.deadline = ref.deadline if ref else seen.deadline if seen else None
-        self.quote = ref.quote if ref else seen.quote if seen else Quote()
-        self.ref = ref
-        self._client = client
-        self._seen = seen
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.run_id} on {self.route or '?'}>"
+class _Functions(msgspec.Struct):
+    functions: list[FunctionView]
 
-    async def view(self) -> RunView:
-        """Return the run as it is now. What has ended stays as it is and is not asked for again."""
-        if self._seen is None or self._seen.state not in FINAL:
-            self._seen = await self._client.view(self.run_id)
-        return self._seen
 
-    async def state(self) -> RunState:
-        """Return the state: accepted, running, succeeded, failed or canceled."""
-        return (await self.view()).state
+class _Routes(msgspec.Struct):
+    routes: list[RouteView]
 
-    async def result(self, timeout: float | None = None) -> Any:
-        """Wait for the answer and return it: decoded JSON, text, or bytes, as its content type says.
 
-        Args:
-            timeout: the longest wait in seconds; None waits for as long as it takes.
-
-        Raises:
-            RunFailed: the run ended without an answer; ``kind`` and ``traceback`` say why.
-            RunCanceled: somebody canceled it.
-            TimeoutError: there is no answer yet. The run goes on.
-        """
-        return value_of(await self.payload(timeout))
-
-    async def payload(self, timeout: float | None = None) -> Payload:
-        """Wait for the answer and return its bytes with their content type; raises what ``result`` raises."""
-        return await self._client.wait_for_answer(self.run_id, timeout)
-
-    async def follow(self, after: int | None = None) -> AsyncIterator[StreamEvent]:
-        """Yield what happens in the run, from its acceptance to its end, across lost connections without a gap.
-
-        Args:
-            after: go on after this event (its ``seq``) instead of beginning with the first.
-        """
-        async with aclosing(self._client.events(f"/v1/runs/{self.run_id}/events", after)) as found:
-            async for event in found:
-                yield event
-                if event.kind == "run" and event.data.get("state") in FINAL:
-                    return
-
-    async def cancel(self) -> None:
-        """Stop the run: what waits is dropped, what runs is stopped. Nothing happens if it has ended."""
-        await self._client.cancel(self.run_id)
+class _Sites(msgspec.Struct):
+    sites: list[SiteView]
 
 
 class AsyncClient:
@@ -163,8 +111,7 @@ class AsyncClient:
         """
         declared = declaration(fn)
         registered = check_name(name, "function name") if name else function_name(fn)
-        options = declared.options if declared else None
-        view = await self.put_function(registered, pack(fn), options or FunctionOptions(), _doc(fn))
+        view = await self.put_function(registered, pack(fn), declared.options if declared else None, doc_of(fn))
         for route_name, route in (declared.routes if declared else {}).items():
             await self.put_route(route_name, msgspec.structs.replace(route, function=registered))
         return view
@@ -176,11 +123,11 @@ class AsyncClient:
             LoadError: the file raised when it was loaded.
             BadRequest: it declares nothing, or its code cannot travel.
         """
-        packed = pack_file(path)
-        views = [
-            await self.put_function(each.declaration.name, each.code, each.declaration.options, each.doc)
-            for each in packed
-        ]
+        return await self.put_packed(pack_file(path))
+
+    async def put_packed(self, packed: Sequence[Packed]) -> list[FunctionView]:
+        """Register functions that are already packed, and their routes."""
+        views = [await self.put_function(e.declaration.name, e.code, e.declaration.options, e.doc) for e in packed]
         for each in packed:  # after all functions: a run that starts at once finds its follow-ups registered
             for route_name, route in each.declaration.routes.items():
                 await self.put_route(route_name, route)
@@ -191,7 +138,8 @@ class AsyncClient:
     ) -> FunctionView:
         """Register code that is already packed."""
         body = msgspec.json.encode({"code": code, "options": options or FunctionOptions(), "doc": doc})
-        return _read(await self._json("PUT", f"/v1/functions/{check_name(name, 'function name')}", body), FunctionView)
+        path = f"/v1/functions/{check_name(name, 'function name')}"
+        return read(await self._send("PUT", path, body), FunctionView)
 
     async def route(
         self,
@@ -212,33 +160,31 @@ class AsyncClient:
             BadRequest: a part of the route is not possible.
         """
         rule = EventFilter(type=type, source=source, subject=subject) if type or source or subject else None
-        return await self.put_route(
-            name,
-            Route(
-                function=function_name(function),
-                filter=rule,
-                deadline=deadline,
-                on_late=on_late,
-                max_in_flight=max_in_flight,
-            ),
+        route = Route(
+            function=function_name(function),
+            filter=rule,
+            deadline=deadline,
+            on_late=on_late,
+            max_in_flight=max_in_flight,
         )
+        return await self.put_route(name, route)
 
     async def put_route(self, name: str, route: Route) -> RouteView:
         """Register a route that is already put together."""
         path = f"/v1/routes/{check_name(name, 'route name')}"
-        return _read(await self._json("PUT", path, msgspec.json.encode(route)), RouteView)
+        return read(await self._send("PUT", path, msgspec.json.encode(route)), RouteView)
 
     async def functions(self) -> list[FunctionView]:
         """Return all registered functions."""
-        return await self._list("/v1/functions", "functions", FunctionView)
+        return read(await self._http.ask("GET", "/v1/functions"), _Functions).functions
 
     async def routes(self) -> list[RouteView]:
         """Return all registered routes."""
-        return await self._list("/v1/routes", "routes", RouteView)
+        return read(await self._http.ask("GET", "/v1/routes"), _Routes).routes
 
     async def sites(self) -> list[SiteView]:
         """Return all sites that the platform knows."""
-        return await self._list("/v1/sites", "sites", SiteView)
+        return read(await self._http.ask("GET", "/v1/sites"), _Sites).sites
 
     # ------------------------------------------------------------ starting runs
 
@@ -248,7 +194,7 @@ class AsyncClient:
         data: Any = None,
         *,
         id: str | None = None,  # noqa: A002 - the CloudEvents attribute is called so
-        deadline: Deadline | None = None,
+        deadline: str | float | datetime | None = None,
         wait: float | None = None,
         content_type: str | None = None,
     ) -> AsyncRun:
@@ -268,7 +214,7 @@ class AsyncClient:
             Overloaded: the platform takes no more at the moment; nothing was started.
         """
         payload = _payload(data, content_type)
-        headers = {"Content-Type": payload.type, "Idempotency-Key": id or uuid.uuid4().hex}
+        headers = {"Content-Type": payload.type, "Idempotency-Key": id or new_id()}
         if deadline is not None:
             headers["Headrace-Deadline"] = _deadline(deadline)
         door_s = 0.0 if wait is None else min(float(wait), _DOOR_WAIT_S_MAX)
@@ -278,11 +224,14 @@ class AsyncClient:
         path = f"/v1/triggers/{check_name(route, 'route name')}"
         answer = await self._http.ask("POST", path, body=payload.body, headers=headers, wait_s=door_s)
         if answer.status == 200:
-            view = _read(answer, RunView)
+            view = read(answer, RunView)
             return AsyncRun(self, view.run_id, seen=view)
-        run = AsyncRun(self, (ref := _read(answer, RunRef)).run_id, ref=ref)
-        if wait is not None and (left := wait - (time.monotonic() - began)) > 0.0:
-            await self._wait_for_end(run, left)
+        ref = read(answer, RunRef)
+        run = AsyncRun(self, ref.run_id, ref=ref)
+        if wait is not None:
+            with suppress(TimeoutError, PlatformUnreachable):  # it is accepted all the same
+                async with asyncio.timeout(max(0.0, wait - (time.monotonic() - began))):
+                    await run.ended()
         return run
 
     async def publish(self, events: Event | Mapping[str, Any] | Sequence[Event | Mapping[str, Any]]) -> list[AsyncRun]:
@@ -291,12 +240,11 @@ class AsyncClient:
         An event may also be a mapping in the JSON form of CloudEvents. No run is returned where no route takes it.
         """
         if isinstance(events, Event | Mapping):
-            kind, body = "application/cloudevents+json", msgspec.json.encode(cloudevent(events))
+            kind, body = STRUCTURED, to_json(events)
         else:
-            kind = "application/cloudevents-batch+json"
-            body = msgspec.json.encode([cloudevent(each) for each in events])
+            kind, body = BATCH, b"[" + b",".join(to_json(each) for each in events) + b"]"
         answer = await self._http.ask("POST", "/v1/events", body=body, headers={"Content-Type": kind})
-        return [AsyncRun(self, ref.run_id, ref=ref) for ref in _read(answer, _Started).runs]
+        return [AsyncRun(self, ref.run_id, ref=ref) for ref in read(answer, _Started).runs]
 
     # ------------------------------------------------------------ runs
 
@@ -309,8 +257,22 @@ class AsyncClient:
         return AsyncRun(self, run_id, seen=await self.view(run_id))
 
     async def view(self, run_id: str) -> RunView:
-        """Return a run as it is now."""
-        return _read(await self._http.ask("GET", f"/v1/runs/{check_name(run_id, 'run id')}"), RunView)
+        """Return a run as it is now; raises what ``run`` raises."""
+        return await following.view(self._http, run_id)
+
+    async def answer(self, run_id: str, timeout: float | None = None) -> Payload:
+        """Wait for the answer of a run and return its bytes with their content type.
+
+        Raises:
+            RunFailed: the run ended without one.
+            NotFound: there is no run of this id.
+            TimeoutError: there is none yet after ``timeout`` seconds. The run goes on.
+        """
+        return await following.answer(self._http, run_id, timeout)
+
+    async def answer_now(self, run_id: str) -> Payload | None:
+        """Return the answer of a run, or None while there is none; raises what ``answer`` raises."""
+        return await following.answer_now(self._http, run_id)
 
     async def runs(
         self,
@@ -333,7 +295,7 @@ class AsyncClient:
         found: list[AsyncRun] = []
         while len(found) < limit:
             query["limit"] = str(min(PAGE_RUNS_MAX, limit - len(found)))
-            page = _read(await self._http.ask("GET", "/v1/runs", params=query), RunPage)
+            page = read(await self._http.ask("GET", "/v1/runs", params=query), RunPage)
             found += [AsyncRun(self, view.run_id, seen=view) for view in page.runs]
             if page.next is None:
                 break
@@ -341,95 +303,25 @@ class AsyncClient:
         return found
 
     async def cancel(self, run_id: str) -> None:
-        """Stop a run; nothing happens if it has ended.
+        """Stop a run: what waits is dropped, what runs is stopped. Canceling twice is one wish.
 
         Raises:
             NotFound: there is no run of this id.
+            Conflict: it has succeeded or failed already.
         """
         await self._http.ask("POST", f"/v1/runs/{check_name(run_id, 'run id')}/cancel")
 
-    async def stream(self, after: int | None = None) -> AsyncIterator[StreamEvent]:
+    async def stream(self, after: int | None = None) -> AsyncGenerator[StreamEvent, None]:
         """Yield what happens in all runs, for ever, from now on or after the event with the ``seq`` ``after``."""
         async with aclosing(self.events("/v1/stream", after)) as found:
             async for event in found:
                 yield event
 
-    async def events(self, path: str, after: int | None = None) -> AsyncIterator[StreamEvent]:
-        """Yield the server-sent events of a path, and go on after the last one when a connection is lost.
-
-        Raises:
-            PlatformUnreachable: no connection came about for ``patience_s`` seconds.
-        """
-        last = "" if after is None else str(after)
-        waits = delays()
-        give_up = time.monotonic() + self._http.patience_s
-        while True:
-            headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
-            try:
-                async with self._http.stream(path, headers) as chunks:
-                    async for message in messages(chunks):
-                        last, waits = message.id, delays()
-                        give_up = time.monotonic() + self._http.patience_s
-                        yield _event(message.id, message.event, message.data)
-                    give_up = max(give_up, time.monotonic() + self._http.patience_s)  # it ended in good order
-            except HeadraceError as error:
-                if not error.transient or time.monotonic() > give_up:
-                    raise
-            await asyncio.sleep(next(waits))
-
-    async def answer(self, run_id: str) -> Payload | None:
-        """Return the answer of a run, or None while there is none.
-
-        Raises:
-            RunFailed: the run ended without one.
-            NotFound: there is no run of this id.
-        """
-        found = await self._http.request("GET", f"/v1/runs/{check_name(run_id, 'run id')}/result")
-        if found.status == 202:
-            return None
-        if found.status == 410:
-            raise failure(await self.view(run_id), found)
-        if found.status >= 400:
-            raise problem(found)
-        return Payload(type=found.type, body=found.body, size=len(found.body))
-
-    async def wait_for_answer(self, run_id: str, timeout: float | None = None) -> Payload:
-        """Wait for the answer of a run; raises what ``AsyncRun.result`` raises."""
-        try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    found = await self.answer(run_id)
-                    if found is not None:
-                        return found
-                    await self._until_news(run_id)
-        except TimeoutError as error:
-            raise TimeoutError(f"the run {run_id} has no answer after {timeout:g} s; it goes on") from error
-
-    async def _wait_for_end(self, run: AsyncRun, timeout: float) -> None:
-        try:
-            async with asyncio.timeout(timeout), aclosing(run.follow()) as events:
-                async for _ in events:
-                    pass
-                await run.view()
-        except TimeoutError:
-            return
-
-    async def _until_news(self, run_id: str) -> None:
-        """Return when the run's state has changed, or after a few seconds: a stream that says nothing proves nothing."""
-        try:
-            async with (
-                asyncio.timeout(_LOOK_AGAIN_S_MAX),
-                aclosing(self.events(f"/v1/runs/{run_id}/events")) as events,
-            ):
-                async for event in events:
-                    if event.kind == "run" and event.data.get("answered_at") is not None:
-                        return
-                    if event.kind == "run" and event.data.get("state") in FINAL:
-                        return
-        except (TimeoutError, PlatformUnreachable):
-            return
-        except NotFound:
-            await asyncio.sleep(_LOOK_AGAIN_S_MAX / 10)
+    def events(
+        self, path: str, after: int | None = None, *, on_open: Callable[[], None] | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Yield the events of a path, across lost connections, as ``headrace.following.events`` does."""
+        return following.events(self._http, path, after, on_open=on_open)
 
     # ------------------------------------------------------------ large data
 
@@ -438,25 +330,25 @@ class AsyncClient:
 
         The platform checks what arrives against its size and its SHA-256.
         """
-        kept = content if isinstance(content, bytes) else Path(content)
-        if isinstance(kept, Path) and not kept.is_file():
-            raise BadRequest(f"there is no file {kept}", hint="Name a file to upload.")
-        size, digest = await asyncio.to_thread(_measure, kept)
-        wanted = {"size": size, "sha256": digest, **({"content_type": content_type} if content_type else {})}
-        offer = _read(await self._json("POST", "/v1/uploads", msgspec.json.encode(wanted)), _Upload)
-        start = 0
-        for part in offer.parts:
-            end = min(size, start + part.size)
-            await self._http.ask(
-                "PUT", part.url, body=_piece(kept, start, end), headers={"Content-Length": str(end - start)}
-            )
-            start = end
-        return _read(await self._json("POST", offer.complete, b""), _Uploaded).uri
+        return await uploading.upload(self._http, content, content_type)
 
-    # ------------------------------------------------------------ in between
-
-    async def _json(self, method: str, path: str, body: bytes) -> Answer:
+    async def _send(self, method: str, path: str, body: bytes) -> Answer:
         return await self._http.ask(method, path, body=body, headers={"Content-Type": JSON})
 
-    async def _list(self, path: str, key: str, kind: type[T]) -> list[T]:
-        return _read(await self._http.ask("GET", path), dict[str, list[kind]])[key]  # type: ignore[valid-type]
+
+def doc_of(fn: object) -> str:
+    """Return the docstring of a function of the user's own; a callable object has its class's, which says nothing."""
+    return (inspect.getdoc(fn) or "") if inspect.isroutine(fn) else ""
+
+
+def _payload(data: Any, content_type: str | None) -> Payload:
+    if content_type is None:
+        return to_payload(data)
+    body = data.encode() if isinstance(data, str) else to_payload(data).body
+    return Payload(type=content_type, body=body, size=len(body))
+
+
+def _deadline(deadline: str | float | datetime) -> str:
+    if isinstance(deadline, datetime):
+        return format_instant(deadline.timestamp())
+    return deadline if isinstance(deadline, str) else f"{deadline:.3f}s"

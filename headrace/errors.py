@@ -99,15 +99,27 @@ class PlatformUnreachable(HeadraceError):
 
 
 class RunFailed(HeadraceError):
-    """The run ended without an answer. ``kind`` says whose fault; ``traceback`` holds the user's frames only."""
+    """The run ended without an answer.
+
+    ``kind`` says whose fault it is, ``reason`` what was said of it, as in "ValueError: no peak"; ``traceback`` holds the
+    user's frames only.
+    """
 
     title = "The run failed"
 
     def __init__(
-        self, message: str, *, hint: str = "", kind: str = "user", traceback: str = "", run_id: str = ""
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        kind: str = "user",
+        reason: str = "",
+        traceback: str = "",
+        run_id: str = "",
     ) -> None:
         super().__init__(message, hint=hint)
         self.kind = kind
+        self.reason = reason
         self.traceback = traceback
         self.run_id = run_id
 

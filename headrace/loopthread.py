@@ -51,26 +51,37 @@ class LoopThread:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """Stop the loop and what still runs in it. Does not wait when it is called from within."""
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Run ``last`` if the loop was ever used, and stop the loop with what still runs in it. May be called twice.
+
+        Does not wait when it is called from within.
+        """
         with self._lock:
             self._closed = True
             loop, self._loop = self._loop, None
         if loop is None or self._thread is None:
             return
-        loop.call_soon_threadsafe(loop.stop)
+        asyncio.run_coroutine_threadsafe(_stop(loop, last), loop)
         if not self.is_current:
             self._thread.join()
+
+
+async def _stop(loop: asyncio.AbstractEventLoop, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+    try:
+        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        if last is not None:
+            await last()
+    finally:
+        loop.stop()
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
     finally:

@@ -247,6 +247,25 @@ class RunPage(Struct, frozen=True, kw_only=True):
     next: str | None
 
 
+class SiteView(Struct, frozen=True, kw_only=True):
+    """A facility or cloud that runs jobs, as ``GET /v1/sites/{name}`` shows it."""
+
+    name: str
+    kind: str
+    status: Literal["up", "down", "degraded", "unknown"]
+    gpus: dict[str, int] = msgspec.field(default_factory=dict)
+    queue: dict[str, float | None] = msgspec.field(default_factory=dict)
+    last_seen_at: str | None = None
+
+
+class StreamEvent(Struct, frozen=True, kw_only=True):
+    """One server-sent event: ``kind`` is run, invocation, job, progress, log, site or steer; ``seq`` is where to resume."""
+
+    seq: int
+    kind: str
+    data: dict[str, Any]
+
+
 class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An error over HTTP as RFC 9457 writes it; ``hint`` is the cure."""
 

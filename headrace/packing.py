@@ -13,17 +13,17 @@ import re
 import sys
 import textwrap
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import cloudpickle
 
-from headrace.errors import BadRequest, LoadError
+from headrace.errors import BadRequest, HeadraceError, LoadError
+from headrace.failures import error_text, user_traceback
 from headrace.model import Code
 from headrace.sdk import Declaration, declaration
 from headrace.siblings import check_size, gather, is_local, root_of
@@ -108,7 +108,7 @@ def pickled(value: object, code: Code | None = None) -> bytes:
             blob: bytes = cloudpickle.dumps(value)
         except Exception as error:  # the pickling of user's objects runs the user's code, which may raise anything
             raise BadRequest(
-                f"a value cannot travel: {type(error).__name__}: {error}",
+                f"a value cannot travel: {error_text(error)}",
                 hint="Open files, locks and connections stay where they are: open them inside the function.",
             ) from error
     return blob
@@ -171,9 +171,12 @@ def _python_file(path: str | Path) -> Path:
     if not path.is_file():
         raise BadRequest(f"there is no file {path}", hint="Name a Python file that declares functions.")
     path = path.resolve()
-    if path.suffix != ".py" or "." in path.stem:
-        raise BadRequest(f"{path.name} is not the name of a Python module", hint="Call it NAME.py, without other dots.")
-    if path.stem in sys.stdlib_module_names or path.stem == "headrace":
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        raise BadRequest(
+            f"{path.name} is not the name of a Python module",
+            hint="Call it NAME.py, where NAME holds letters, digits and underscores and does not begin with a digit.",
+        )
+    if path.stem in sys.stdlib_module_names - {"test"} or path.stem == "headrace":  # nobody imports Python's own tests
         raise BadRequest(
             f"{path.name} is named like the module {path.stem}, which it would hide",
             hint=f"Rename it, for instance to my_{path.name}.",
@@ -200,9 +203,9 @@ def _as_in_a_fresh_process(path: Path) -> Iterator[frozenset[str]]:
     finally:
         with suppress(ValueError):  # the file may have put the path in order itself
             sys.path.remove(str(folder))
-        for name, module in list(sys.modules.items()):
-            if name not in known and (name in aside or _is_own(module, folder)):
-                del sys.modules[name]
+        added = [(name, module) for name, module in list(sys.modules.items()) if name not in known]
+        for name in [name for name, module in added if name in aside or _is_own(module, folder)]:
+            del sys.modules[name]
         sys.modules.update(aside)
 
 
@@ -218,28 +221,12 @@ def _load(path: Path) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's file may raise anything, sys.exit() included
-        if isinstance(error, BadRequest) and error.__traceback__ is not None:
-            message = str(error)  # a decorator of ours refused what it was given, and says it best itself
-        else:
-            message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         raise LoadError(
-            f"{path.name} cannot be loaded: {message}",
+            f"{path.name} cannot be loaded: {error if isinstance(error, HeadraceError) else error_text(error)}",
             hint=getattr(error, "hint", "") or "Run it with Python itself to see the same error.",
-            traceback=_users_traceback(error),
+            traceback=user_traceback(error),
         ) from error
     return module
-
-
-def _users_traceback(error: BaseException) -> str:
-    """Return the traceback without the frames of ours and of the import system above the user's."""
-    frame: TracebackType | None = error.__traceback__
-    while frame is not None and _is_above(frame.tb_frame.f_code.co_filename):
-        frame = frame.tb_next
-    return "".join(traceback.format_exception(type(error), error, frame))
-
-
-def _is_above(filename: str) -> bool:
-    return filename == __file__ or filename.startswith("<frozen importlib")
 
 
 def _declared(module: ModuleType, folder: Path) -> dict[str, Callable[..., Any]]:

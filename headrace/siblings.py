@@ -37,7 +37,10 @@ def _home(module: ModuleType) -> Path | None:
     """Return the file of a module, or the folder of a package that has none."""
     file = getattr(module, "__file__", None)
     if not file:
-        folders = list(getattr(module, "__path__", None) or [])
+        try:
+            folders = list(getattr(module, "__path__", None) or [])
+        except KeyError:  # a namespace package asks its parent for its path, which may be gone
+            return None
         file = folders[0] if folders else None
     return Path(file).resolve() if isinstance(file, str) else None
 

@@ -9,7 +9,10 @@ EVENT_BYTES_MAX = 64 * 1024 * 1024
 
 
 class Message(NamedTuple):
-    """One event of the stream as it was sent. ``id`` is the last one seen, which need not be this event's own."""
+    """One event of the stream as it was sent. ``id`` is the last one seen, which need not be this event's own.
+
+    Where the server only tells where the stream stands, ``event`` is empty.
+    """
 
     id: str
     event: str
@@ -22,13 +25,15 @@ async def messages(chunks: AsyncIterable[bytes]) -> AsyncIterator[Message]:
     Raises:
         ValueError: one event is larger than 64 MiB.
     """
-    last_id, event = "", ""
+    last_id, told_id, event = "", "", ""
     data: list[bytes] = []
     async for line in _lines(chunks):
         if not line:
             if data:
                 yield Message(last_id, event or "message", b"\n".join(data))
-            event, data = "", []
+            elif last_id != told_id:
+                yield Message(last_id, "", b"")
+            told_id, event, data = last_id, "", []
             continue
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")

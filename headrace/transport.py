@@ -69,8 +69,8 @@ class Answer(NamedTuple):
 
 
 def delays() -> Iterator[float]:
-    """Yield the seconds to wait before each new try: doubling from 50 ms to 2 s, drawn from the upper half."""
-    longest = 0.05
+    """Yield the seconds to wait before each new try: doubling from 20 ms to 2 s, drawn from the upper half."""
+    longest = 0.02
     while True:
         yield longest * (0.5 + 0.5 * random.random())  # noqa: S311 - spreads callers out; nothing is kept secret by it
         longest = min(2.0, longest * 2)

@@ -190,7 +190,7 @@ class Child:
                 await self._spawn()
                 await self._until_ready()
             except HeadraceError as error:
-                _log.error("process did not start", process=self.name, error=str(error))  # noqa: TRY400
+                _log.error("process did not start", process=self.name, error=str(error))
                 await self._end()
             else:
                 _log.warning("process is back", process=self.name, pid=self.pid, restarts=self.restarts)

@@ -44,6 +44,7 @@ _READ_TABLES = tuple(
         f"$JS.API.STREAM.INFO.{table}",
         f"$JS.API.DIRECT.GET.{table}",
         f"$JS.API.DIRECT.GET.{table}.>",
+        f"$JS.API.CONSUMER.CREATE.{table}",
         f"$JS.API.CONSUMER.CREATE.{table}.>",
         f"$JS.API.CONSUMER.INFO.{table}.*",
         f"$JS.API.CONSUMER.DELETE.{table}.*",

@@ -212,7 +212,7 @@ def _unknown(name: str, where: str, known: list[str]) -> BadSetting:
 
 
 def _cast(key: str, raw: object, where: str) -> Any:
-    """Turn what somebody wrote into the type of the setting: text into numbers, "7d" into seconds, "2GiB" into bytes."""
+    """Turn what somebody wrote into the type of the setting: "7d" into seconds, "2GiB" into bytes."""
     value = raw
     try:
         if isinstance(raw, str):

@@ -41,7 +41,7 @@ async def link_staging(stream_dir: Path, key: str, memory: Path = SHARED_MEMORY)
         memory: a folder on tmpfs.
 
     Returns:
-        False where that is not possible here (no such memory, too little of it, no stream on disk); it is only slower then.
+        False where that is not possible here (no such memory, too little of it, no stream on disk); then it is slower.
     """
     place = stream_dir / "batches"
     target = _private(staging_folder(key, memory))

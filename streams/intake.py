@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 WINDOW_MAX = 128
 WINDOW_SPAN_S = 0.01  # how much work, by its usual length, is held ahead in one lane
 HOLD_S = 0.1
+HEADS_S = 0.002
 KEEP_S = ACK_WAIT_S / 4
 USUAL_WEIGHT = 0.1
 
@@ -118,6 +119,8 @@ class Intake:
             if self._paused:
                 self._paused = False
                 await self._ask_all()
+                # The first head to arrive need not be the most urgent one: a moment for the others.
+                await asyncio.sleep(HEADS_S)
             while not self._heap:
                 self._arrived.clear()
                 await self._arrived.wait()
@@ -151,6 +154,8 @@ class Intake:
             _log.exception("message %d of lane %d cannot be read", arrived.seq, lane)
             return
         self._out[arrived.reply] = delivery
+        if not self._heap:
+            self._busy_since = max(self._busy_since, now)
         heapq.heappush(self._heap, delivery)
         self._arrived.set()
 

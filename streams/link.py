@@ -72,7 +72,8 @@ class Link:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(2):
                 await self.nc.flush()
-        await self.nc.close()
+        with contextlib.suppress(OSError):  # closing a connection that the server closed first
+            await self.nc.close()
 
 
 async def open_link(url: str, *, user: str = "", password: str = "", name: str = "headrace") -> Link:

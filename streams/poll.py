@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from streams.topology import STREAM
 EXPIRES_S = 60
 HEARTBEAT_S = 10
 SILENCE_S = 25.0
+ABSENT_RETRY_S = 0.25
 
 
 class Arrival(NamedTuple):
@@ -51,26 +51,23 @@ def arrival(message: Msg) -> Arrival:
 
 
 class Poll:
-    """Open requests on one consumer. ``wanted`` messages are outstanding at most; ``take`` gets each that arrives."""
+    """Open requests on one consumer: ``take`` gets each message, ``lost`` hears that the consumer is gone."""
 
     def __init__(self, link: Link, consumer: str, take: Callable[[Arrival], None], lost: Callable[[], None]) -> None:
         self._link = link
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
         self._take = take
         self._lost = lost
-        self._numbers = itertools.count(1)
-        self._asked: dict[str, int] = {}
         self._prefix = ""
+        # Requests die together (reconnect, silence): what an answer belongs to is told by the round it was asked in.
+        self._round = 0
         self._sub: Subscription | None = None
         self._forget: Callable[[], None] | None = None
         self._guard: asyncio.Task[None] | None = None
+        self._retry: asyncio.Future[None] | None = None
         self._heard_at = 0.0
         self._wanted = 0
-
-    @property
-    def outstanding(self) -> int:
-        """How many messages the server may still send without being asked again."""
-        return sum(self._asked.values())
+        self.outstanding = 0
 
     async def start(self) -> None:
         """Begin to listen; nothing is asked for yet."""
@@ -83,6 +80,7 @@ class Poll:
         """Stop listening. What the server sends to an open request after this comes to somebody else in time."""
         if self._forget is not None:
             self._forget()
+            self._forget = None
         if self._guard is not None:
             self._guard.cancel()
         if self._sub is not None and not self._link.nc.is_closed:
@@ -90,13 +88,12 @@ class Poll:
                 await self._sub.unsubscribe()
 
     async def want(self, messages: int) -> None:
-        """Ask for as many more as bring the outstanding ones to this number; fewer than now asks for nothing."""
+        """Ask for as many more as bring ``outstanding`` to this number; fewer than now asks for nothing."""
         self._wanted = messages
         more = messages - self.outstanding
         if more <= 0 or not self._link.connected:
             return
-        number = str(next(self._numbers))
-        self._asked[number] = more
+        self.outstanding += more
         self._heard_at = asyncio.get_running_loop().time()
         request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (
             more,
@@ -104,29 +101,35 @@ class Poll:
             HEARTBEAT_S * 1_000_000_000,
         )
         with contextlib.suppress(OSError):  # a connection lost this instant: the reconnect asks again
-            await self._link.nc.publish(self._next, request, reply=self._prefix + number)
+            await self._link.nc.publish(self._next, request, reply=f"{self._prefix}{self._round}")
 
     async def _hear(self, message: Msg) -> None:
         self._heard_at = asyncio.get_running_loop().time()
-        number = message.subject[len(self._prefix) :]
-        status = message.headers.get("Status") if message.headers is not None else None
-        if status is None:
-            left = self._asked.get(number)
-            if left is not None:
-                if left <= 1:
-                    del self._asked[number]
-                else:
-                    self._asked[number] = left - 1
+        headers = message.headers
+        status = headers.get("Status") if headers is not None else None
+        if headers is None or status is None:
+            self.outstanding = max(0, self.outstanding - 1)
             self._take(arrival(message))
-        elif status != "100":  # 100 is a heartbeat; all others end the request: expired, refused, consumer gone
-            self._asked.pop(number, None)
-            if status == "404" or "Deleted" in str((message.headers or {}).get("Description", "")):
-                self._lost()
-            elif not self._asked:
-                await self.want(self._wanted)
+            return
+        # A status comes to the inbox itself; 100 is a heartbeat, all others end one request: expired, refused, gone.
+        if status == "100" or message.subject[len(self._prefix) :] != str(self._round):
+            return
+        unfilled = headers.get("Nats-Pending-Messages")
+        self.outstanding = 0 if unfilled is None else max(0, self.outstanding - int(unfilled))
+        if status in ("404", "503") or "Deleted" in str(headers.get("Description", "")):
+            # Nobody serves this consumer: it is gone, or its server is only half up and will be asked again.
+            self._lost()
+            asyncio.get_running_loop().call_later(ABSENT_RETRY_S, self._ask_again, self._round)
+        elif self.outstanding == 0:
+            await self.want(self._wanted)
+
+    def _ask_again(self, asked_in: int) -> None:
+        if asked_in == self._round and self._forget is not None:
+            self._retry = asyncio.ensure_future(self.want(self._wanted))
 
     async def _restart(self) -> None:
-        self._asked.clear()
+        self._round += 1
+        self.outstanding = 0
         if self._wanted:
             await self.want(self._wanted)
 
@@ -135,6 +138,6 @@ class Poll:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             silent_s = asyncio.get_running_loop().time() - self._heard_at
-            if self._asked and silent_s > SILENCE_S and self._link.connected:
+            if self.outstanding and silent_s > SILENCE_S and self._link.connected:
                 self._lost()
                 await self._restart()

@@ -338,7 +338,12 @@ def test_a_deadline_that_is_none_is_refused(extensions: dict[str, Any]) -> None:
 TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc", "Cn")), min_size=1, max_size=40)
 
 
-@given(identity=TEXT, subject=TEXT, ext=TEXT, data=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9)))
+@given(
+    identity=TEXT,
+    subject=TEXT,
+    ext=TEXT,
+    data=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=9)),
+)
 def test_events_of_the_official_sdk_are_read_in_both_modes(
     identity: str, subject: str, ext: str, data: dict[str, Any]
 ) -> None:

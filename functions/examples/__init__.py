@@ -1,7 +1,8 @@
 """The science functions that ship with Headrace: small, complete, and written as a user would write them.
 
-    fusion               between-shot spectral analysis of a tokamak: a flag first, the full mode table for flagged shots
-    crystallography      serial crystallography: find the hits of a run, join to a hit rate, index the hits
+    fusion               between-shot spectral analysis of a tokamak: a flag, then the modes of a flagged shot
+    crystallography      serial crystallography: the hits of a run and its hit rate
+    indexing             the unit cell of the hits, chained from crystallography by name
     molecular_dynamics   Lennard-Jones energies and dynamics
     alerts               triage of transient alerts (GCN notices, VOEvents, gravitational-wave alerts)
 

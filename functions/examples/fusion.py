@@ -127,7 +127,7 @@ def shot_modes(flagged: FlaggedShot, ctx: Context) -> ShotReport:
 
 
 def eigenmode(peaks: list[Peak]) -> Eigenmode:
-    """Join the peaks of the windows: the median wavenumber, and the slope of a straight line through the frequencies."""
+    """Join the peaks of the windows: the median wavenumber, and the slope of a line through the frequencies."""
     windows, frequencies = [p.window for p in peaks], [p.f_khz for p in peaks]
     slope = float(np.polyfit(windows, frequencies, 1)[0]) if len(peaks) > 1 else 0.0
     return Eigenmode(

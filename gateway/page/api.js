@@ -41,9 +41,12 @@ export function takeTokenFromAddress() {
  * @throws {TypeError} the platform cannot be reached
  */
 export async function ask(path, { signal, headers } = {}) {
+  const token = sessionStorage.getItem(KEY) ?? "";
+  // Other characters cannot be in a header: `fetch` would fail as if the platform were away.
+  if (!/^[\x21-\x7e]+$/.test(token)) throw new Problem(401, "This cannot be a token.", "");
   const response = await fetch(path, {
     signal,
-    headers: { ...headers, Authorization: `Bearer ${sessionStorage.getItem(KEY) ?? ""}` },
+    headers: { ...headers, Authorization: `Bearer ${token}` },
     cache: "no-store",
     credentials: "omit",
     redirect: "error",
@@ -63,8 +66,7 @@ async function problem(response) {
   } catch {
     // Not JSON: a proxy in between answered. Its status has to do.
   }
-  const error = said.error?.message ? `${said.error.kind}: ${said.error.message}` : "";
-  return new Problem(response.status, error || said.detail || said.title || `HTTP ${response.status}`, said.hint ?? "");
+  return new Problem(response.status, said.detail || said.title || `HTTP ${response.status}`, said.hint ?? "");
 }
 
 /**

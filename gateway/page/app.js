@@ -2,10 +2,13 @@
 /** The live page: opens the door, follows the platform, and draws at a pace that people can read. */
 
 import { Problem, askJson, dropToken, hasToken, keepToken, takeTokenFromAddress } from "./api.js";
-import { Rates, Runs } from "./runs.js";
+import { byId, say } from "./dom.js";
+import { Rates } from "./rates.js";
+import { drawEnded } from "./results.js";
+import { Runs } from "./runs.js";
 import { Feed } from "./stream.js";
 import { clock, now } from "./time.js";
-import { byId, drawEnded, drawHeadline, drawOpen, drawRates, drawRegistered, say } from "./view.js";
+import { OPEN_ROWS, drawHeadline, drawOpen, drawRates, drawRegistered } from "./view.js";
 
 /** @typedef {import("./stream.js").Message} Message */
 
@@ -14,6 +17,9 @@ const BUSY_MS = 1000;
 const BUSY_CHANGES = 8;
 const QUIET_S_MAX = 12;
 const REGISTERED_EVERY_MS = 30_000;
+const SNAPSHOT_AGAIN_MS = 10_000;
+const SILENCE_MS = 10_000;
+const ASK_EVERY_MS = 200;
 
 const runs = new Runs();
 const rates = new Rates();
@@ -25,14 +31,17 @@ let changes = 0;
 let drawnAt = 0;
 let scheduled = false;
 let registeredAt = 0;
-let filling = false;
+let asking = false;
+let partial = false;
+let snapshotAt = 0;
 
 // ------------------------------------------------------------------ the door
 
 /** @param {Problem | null} problem */
 function showDoor(problem) {
   close();
-  say(byId("door-why"), problem ? `The platform did not accept this token. ${problem.hint}`.trim() : "This page shows runs to those who hold the platform's token.");
+  say(byId("door-why"), problem ? "The platform does not accept this token. It may belong to another platform, or be cut short." : "This page shows runs to those who hold the platform's token.");
+  say(byId("h-door"), problem ? "Token not accepted" : "Token needed");
   byId("door").hidden = false;
   byId("main").hidden = true;
   byId("pause").hidden = true;
@@ -46,7 +55,7 @@ function enter() {
   byId("door").hidden = true;
   byId("main").hidden = false;
   byId("pause").hidden = false;
-  const opened = new Feed("v1/stream", { opened: snapshot, messages: takeAll, refused, changed: showStatus });
+  const opened = new Feed("v1/stream", { opened: startAfresh, messages: takeAll, refused, changed: showStatus });
   feed = opened;
   void opened.run();
   showStatus();
@@ -65,11 +74,27 @@ function refused(problem) {
 
 // ------------------------------------------------------------------ what comes in
 
-async function snapshot() {
-  const page = await askJson("v1/runs?limit=50");
-  runs.reset(page.runs, now());
+/** @returns {Promise<void>} */
+function startAfresh() {
   since = now();
   registeredAt = 0;
+  return snapshot(true);
+}
+
+/** Take in the newest runs, and those that are open however old they are. @param {boolean} [afresh] forget all others */
+async function snapshot(afresh = false) {
+  snapshotAt = Date.now();
+  try {
+    const pages = ["limit=50", "state=running&limit=100", "state=accepted&limit=100"].map((query) => askJson(`v1/runs?${query}`));
+    const found = await Promise.all(pages);
+    if (afresh) runs.clear();
+    for (const page of found) runs.takeAll(page.runs, now());
+    partial = false;
+  } catch (error) {
+    // The stream does not need the read model: follow what happens now, and try for the rest again later.
+    if (!(error instanceof Problem) || error.status < 500) throw error;
+    partial = true;
+  }
   drawnAt = 0;
   changed();
 }
@@ -93,27 +118,28 @@ function takeOne(event, data) {
     if (began && data.state === "accepted") rates.count("began", at);
     if (ended) rates.count("ended", at);
     if (ended && run.state === "failed") rates.count("failed", at);
-  } else if (event === "invocation") runs.takeStep(data);
-  else if (event === "progress" || event === "log") runs.takeNote(data);
+  } else if (event === "invocation") runs.takeStep(data, at);
+  else if (event === "progress" || event === "log") runs.takeNote(data, at);
   else return;
   changed();
 }
 
-/** Fetch what the stream left out of the newest results, one at a time, and only of those that are on the page. */
-async function fillIn() {
-  if (filling || pausedAt) return;
-  const run = runs.newestEnded().slice(0, 10).find((one) => !one.whole && (one.spent === null || one.acceptedAt === null));
+/** Ask about the runs on the page of which something is missing, one at a time: the stream is for speed, this for truth. */
+async function resolveDoubts() {
+  if (asking || pausedAt || document.hidden || !feed?.connected) return;
+  const run = runs.doubtful(OPEN_ROWS, now(), SILENCE_MS);
   if (!run) return;
-  filling = true;
+  asking = true;
   run.whole = true;
+  run.heardAt = now();
   try {
     runs.take(await askJson(`v1/runs/${encodeURIComponent(run.id)}`), now());
     changed();
-  } catch {
-    // It is drawn without its time ledger.
-  } finally {
-    filling = false;
+  } catch (error) {
+    if (error instanceof Problem && error.status === 404) runs.forget(run.id);
   }
+  asking = false;
+  setTimeout(resolveDoubts, ASK_EVERY_MS);
 }
 
 async function readRegistered() {
@@ -128,17 +154,14 @@ async function readRegistered() {
 }
 
 /** @param {any} view */
-function routeLine(view) {
-  const { name, route } = view;
+function routeLine({ name, route }) {
   const filter = Object.values(route.filter ?? {}).join(" ");
   const due = route.deadline ? `within ${route.deadline}` : "no deadline";
   return { name, text: [`to ${route.function}`, due, filter && `for ${filter}`].filter(Boolean).join(", ") };
 }
 
 /** @param {any} view */
-function functionLine(view) {
-  return { name: view.name, text: `version ${view.version}` };
-}
+const functionLine = ({ name, version }) => ({ name, text: `version ${version}` });
 
 // ------------------------------------------------------------------ what is drawn
 
@@ -157,7 +180,7 @@ function draw() {
   drawnAt = Date.now();
   changes = 0;
   const at = now();
-  drawHeadline(runs, at);
+  drawHeadline(runs, at, quiet() > QUIET_S_MAX ? quiet() : 0);
   drawOpen(runs, at);
   drawEnded(runs, at);
 }
@@ -168,32 +191,34 @@ function tick() {
   if (!scheduled) requestAnimationFrame(draw);
   drawRates(rates, now(), since);
   void readRegistered();
-  void fillIn();
+  void resolveDoubts();
+  if (partial && feed?.connected && Date.now() - snapshotAt > SNAPSHOT_AGAIN_MS) void snapshot().catch(() => {});
 }
 
 function showStatus() {
   if (!feed) return;
   const status = byId("status");
-  const quiet = Math.floor((Date.now() - feed.heardAt) / 1000);
-  const [state, text] = statusOf(quiet);
+  const [state, text] = statusOf(quiet());
   status.dataset.state = state;
   say(status, text);
 }
 
-/** @param {number} quiet seconds without a byte @returns {[string, string]} */
-function statusOf(quiet) {
+/** Seconds without a byte from the platform. */
+const quiet = () => (feed?.heardAt ? Math.floor((Date.now() - feed.heardAt) / 1000) : 0);
+
+/** @param {number} silent seconds @returns {[string, string]} */
+function statusOf(silent) {
   // In steps of five seconds: a screen reader says it each time it changes.
-  const age = feed?.heardAt ? `, stale ${quiet - (quiet % 5)} s` : "";
+  const age = silent >= 5 ? `, stale ${silent - (silent % 5)} s` : "";
   if (pausedAt) return ["paused", `Paused at ${clock(pausedAt)}`];
-  if (!feed?.connected) return ["away", `${feed?.heardAt ? "Reconnecting" : "Connecting"}${quiet >= 5 ? age : ""}`];
-  return quiet > QUIET_S_MAX ? ["stale", `No news${age}`] : ["live", "Live"];
+  if (!feed?.connected) return ["away", `${feed?.heardAt ? "Reconnecting" : "Connecting"}${age}`];
+  return silent > QUIET_S_MAX ? ["stale", `No news${age}`] : ["live", partial ? "Live, earlier runs cannot be read now" : "Live"];
 }
 
 function togglePause() {
   pausedAt = pausedAt ? 0 : now();
   const button = byId("pause");
   button.setAttribute("aria-pressed", String(pausedAt > 0));
-  byId("main").dataset.paused = String(pausedAt > 0);
   drawnAt = 0;
   draw();
   tick();

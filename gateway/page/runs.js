@@ -4,11 +4,12 @@
  * for a week at thousands of runs per second. Nothing here touches the document; times are milliseconds.
  */
 
+import { Usual, first } from "./rates.js";
 import { instant } from "./time.js";
 
 /** @typedef {"on time" | "at risk" | "late" | "no deadline" | "done" | "failed" | "canceled"} Word */
 /** @typedef {{kind: string, message: string}} Failure */
-/** @typedef {{function: string, state: string}} Step */
+/** @typedef {{function: string, state: string, attempts: number}} Step */
 /**
  * @typedef {object} Run
  * @property {string} id
@@ -31,15 +32,14 @@ import { instant } from "./time.js";
  * @property {string} said the last line of its log, or what it said about its progress
  * @property {number | null} fraction how far it says it is
  * @property {string} saidBy the invocation that said so
- * @property {boolean} whole nothing of it is missing
+ * @property {boolean} whole it was followed from its beginning, or asked for since
  * @property {number} seenAt when this page first heard of it
+ * @property {number} heardAt when it last did
  */
 
 const OPEN_MAX = 150;
 const ENDED_MAX = 50;
 const STEPS_MAX = 32;
-const ROUTES_MAX = 64;
-const SAMPLES_MAX = 50;
 const MESSAGE_CHARS_MAX = 4000;
 const FINAL = new Set(["succeeded", "failed", "canceled", "dead"]);
 const RANK = { accepted: 1, running: 2, succeeded: 3, failed: 3, canceled: 3 };
@@ -64,6 +64,8 @@ export class Runs {
     const known = this.open.get(id) ?? this.ended.get(id);
     const run = known ?? blank(id, at);
     const wasFinal = FINAL.has(run.state);
+    run.heardAt = at;
+    run.whole ||= !known && data.state === "accepted";
     merge(run, data);
     if (FINAL.has(run.state)) {
       if (!wasFinal) this.#end(run, at);
@@ -95,10 +97,11 @@ export class Runs {
     this.overflown = true;
   }
 
-  /** @param {any} data of an `invocation` event */
-  takeStep(data) {
+  /** @param {any} data of an `invocation` event @param {number} at */
+  takeStep(data, at) {
     const run = this.open.get(String(data.run_id));
     if (!run) return;
+    run.heardAt = at;
     const id = String(data.invocation_id);
     const known = run.steps.get(id);
     if (FINAL.has(data.state)) {
@@ -108,33 +111,54 @@ export class Runs {
       run.stepsTotal = Math.max(run.stepsTotal, run.stepsEnded + run.steps.size);
       return;
     }
-    if (known?.state === "running" && data.state === "queued" && !data.error) return;
     if (!known && run.steps.size >= STEPS_MAX) run.steps.delete(first(run.steps));
-    run.steps.set(id, { function: String(data.function ?? known?.function ?? ""), state: String(data.state) });
+    run.steps.set(id, step(data));
     run.stepsTotal = Math.max(run.stepsTotal, run.stepsEnded + run.steps.size);
   }
 
-  /** @param {any} data of a `progress` or `log` event */
-  takeNote(data) {
+  /** @param {any} data of a `progress` or `log` event @param {number} at */
+  takeNote(data, at) {
     const run = this.open.get(String(data.run_id));
     if (!run) return;
+    run.heardAt = at;
     const by = String(data.invocation_id ?? "");
     if (by !== run.saidBy) [run.saidBy, run.said, run.fraction] = [by, "", null];
-    const text = data.note ?? data.text ?? data.message ?? data.line;
+    const text = data.note ?? data.text;
     if (text) run.said = String(text).slice(0, 300);
     if (typeof data.fraction === "number") run.fraction = data.fraction;
   }
 
-  /**
-   * Make the page hold what the snapshot holds and nothing else.
-   * @param {any[]} newestFirst @param {number} at
-   */
-  reset(newestFirst, at) {
+  clear() {
     this.open.clear();
     this.ended.clear();
     this.overflown = false;
-    const byEnd = [...newestFirst].sort((a, b) => (instant(a.ended_at) ?? 0) - (instant(b.ended_at) ?? 0));
-    for (const data of byEnd) this.take(data, at);
+  }
+
+  /** @param {any[]} views of a snapshot, in any order @param {number} at */
+  takeAll(views, at) {
+    const byEnd = [...views].sort((a, b) => (instant(a.ended_at) ?? 0) - (instant(b.ended_at) ?? 0));
+    for (const data of byEnd) this.take({ ...data, invocations: undefined }, at);
+  }
+
+  /** @param {string} id of a run that the platform does not know any more */
+  forget(id) {
+    this.open.delete(id);
+    this.ended.delete(id);
+  }
+
+  /**
+   * The next run to ask the platform about, of those that can be seen: what the stream or the snapshot left out of it
+   * is missing, or it has been silent for so long that its end may have been missed.
+   * @param {number} rows @param {number} at @param {number} silenceMs
+   */
+  doubtful(rows, at, silenceMs) {
+    const open = this.byUrgency().slice(0, rows);
+    const ended = this.newestEnded().slice(0, rows);
+    return (
+      open.find((run) => !run.whole) ??
+      ended.find((run) => !run.whole && (run.spent === null || run.acceptedAt === null)) ??
+      open.find((run) => at - run.heardAt > silenceMs)
+    );
   }
 
   /**
@@ -182,60 +206,6 @@ export class Runs {
   }
 }
 
-/** What is usual on each route: medians of its last runs. */
-class Usual {
-  /** @type {Map<string, number[]>} */
-  #routes = new Map();
-
-  /** @param {string} route @param {number} seconds */
-  learn(route, seconds) {
-    const samples = this.#routes.get(route) ?? [];
-    this.#routes.delete(route);
-    this.#routes.set(route, samples);
-    samples.push(seconds);
-    if (samples.length > SAMPLES_MAX) samples.shift();
-    if (this.#routes.size > ROUTES_MAX) this.#routes.delete(first(this.#routes));
-  }
-
-  /** @param {string} route @returns {{p50: number, p90: number} | undefined} from five runs on */
-  of(route) {
-    const samples = this.#routes.get(route);
-    if (!samples || samples.length < 5) return undefined;
-    const sorted = [...samples].sort((a, b) => a - b);
-    return { p50: sorted[Math.floor(sorted.length / 2)], p90: sorted[Math.floor(sorted.length * 0.9)] };
-  }
-}
-
-/** Runs that began, ended and failed in each of the last sixty seconds. */
-export class Rates {
-  /** @type {{at: number, began: number, ended: number, failed: number}[]} */
-  #seconds = [];
-
-  /** @param {"began" | "ended" | "failed"} what @param {number} at */
-  count(what, at) {
-    this.#roll(at);
-    this.#seconds[this.#seconds.length - 1][what] += 1;
-  }
-
-  /** @param {number} at one entry per second, oldest first */
-  lastMinute(at) {
-    this.#roll(at);
-    return this.#seconds;
-  }
-
-  /** @param {number} at */
-  #roll(at) {
-    const second = Math.floor(at / 1000);
-    let last = this.#seconds.at(-1)?.at ?? second - 61;
-    if (second - last > 60 || last > second) {
-      this.#seconds = [];
-      last = second - 60;
-    }
-    while (last < second) this.#seconds.push({ at: ++last, began: 0, ended: 0, failed: 0 });
-    this.#seconds = this.#seconds.slice(-60);
-  }
-}
-
 /** @param {string} id @param {number} at @returns {Run} */
 function blank(id, at) {
   return {
@@ -261,6 +231,7 @@ function blank(id, at) {
     saidBy: "",
     whole: false,
     seenAt: at,
+    heardAt: at,
   };
 }
 
@@ -283,24 +254,24 @@ function merge(run, data) {
     const { kind, message } = data.error;
     run.error = { kind: String(kind), message: String(message).slice(0, MESSAGE_CHARS_MAX) };
   }
-  if (Array.isArray(data.invocations)) takeSteps(run, data);
+  if (data.invocations) takeSteps(run, data);
+  else run.stepsTotal = Math.max(run.stepsTotal, data.invocations_total ?? 0);
 }
 
 /** @param {Run} run @param {any} data a whole view of the run */
 function takeSteps(run, data) {
   const open = data.invocations.filter((/** @type {any} */ one) => !FINAL.has(one.state));
-  run.whole = true;
   run.stepsTotal = data.invocations_total ?? data.invocations.length;
   run.stepsEnded = data.invocations.length - open.length;
   run.steps.clear();
-  for (const one of open.slice(0, STEPS_MAX)) run.steps.set(one.invocation_id, { function: one.function, state: one.state });
+  for (const one of open.slice(0, STEPS_MAX)) run.steps.set(one.invocation_id, step(one));
 }
+
+/** @param {any} data @returns {Step} */
+const step = (data) => ({ function: String(data.function), state: String(data.state), attempts: data.attempts ?? 0 });
 
 /** @param {Run} run the lower, the more urgent */
 function urgency(run) {
   if (run.answeredAt !== null) return Number.MAX_VALUE;
   return run.deadline ?? Number.MAX_SAFE_INTEGER;
 }
-
-/** @param {Map<string, unknown>} map */
-const first = (map) => /** @type {string} */ (map.keys().next().value);

@@ -6,7 +6,7 @@
 
 import { Problem, ask } from "./api.js";
 
-/** @typedef {{id: string, event: string, data: string}} Message */
+/** @typedef {{event: string, data: string}} Message */
 
 const WAIT_MS_MIN = 500;
 const WAIT_MS_MAX = 15_000;
@@ -14,6 +14,8 @@ const SILENT_MS_MAX = 40_000;
 
 /** Cuts text into messages as the HTML standard says, wherever the pieces begin and end. */
 export class Cutter {
+  /** Where to go on after all that was given out; a block without data may move it too. */
+  lastId = "";
   #rest = "";
   #id = "";
   #event = "";
@@ -36,7 +38,8 @@ export class Cutter {
   /** @param {string} line @param {Message[]} out */
   #line(line, out) {
     if (line === "") {
-      if (this.#data.length) out.push({ id: this.#id, event: this.#event || "message", data: this.#data.join("\n") });
+      this.lastId = this.#id;
+      if (this.#data.length) out.push({ event: this.#event || "message", data: this.#data.join("\n") });
       this.#event = "";
       this.#data = [];
       return;
@@ -129,9 +132,8 @@ export class Feed {
       if (done) return;
       this.heardAt = Date.now();
       const batch = cutter.feed(decoder.decode(value, { stream: true }));
-      if (!batch.length) continue;
-      this.#lastId = batch[batch.length - 1].id || this.#lastId;
-      this.hooks.messages(batch);
+      this.#lastId = cutter.lastId || this.#lastId;
+      if (batch.length) this.hooks.messages(batch);
     }
   }
 

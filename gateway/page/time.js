@@ -68,10 +68,9 @@ export function given(seconds) {
  * @param {number} at
  */
 export function clock(at) {
-  const day = new Date(at);
-  const time = `${two(day.getHours())}:${two(day.getMinutes())}:${two(day.getSeconds())}`;
-  const today = new Date(now()).toDateString() === day.toDateString();
-  return today ? time : `${day.getFullYear()}-${two(day.getMonth() + 1)}-${two(day.getDate())} ${time}`;
+  // Sweden writes dates as ISO 8601 does.
+  const [day, time] = new Date(at).toLocaleString("sv").split(" ");
+  return new Date(now()).toLocaleString("sv").startsWith(day) ? time : `${day} ${time}`;
 }
 
 /** @param {number} n */

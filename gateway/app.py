@@ -1,0 +1,165 @@
+"""The one place that puts the front door together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gateway import auth, page, problems
+from gateway.catalog import Catalog
+from gateway.gate import Disk, Gate
+from gateway.ingest import Ingest
+from gateway.limits import GatewayLimits
+from gateway.live import Live
+from gateway.metrics import Metrics
+from gateway.needs import Follow, Log, Reader, Store, Tables
+from gateway.openapi import OpenApi
+from gateway.quota import Quota
+from gateway.runs import RunBook, Runs
+from gateway.server import SERVER
+from gateway.spool import Spool
+from gateway.status import Status
+from gateway.table import ENDPOINTS
+from gateway.uploads import Uploads
+from gateway.waiting import Waiting
+
+TENANT = "default"
+
+
+class Draining:
+    """Whether this gateway is on its way out: ``/readyz`` says so while it still serves what comes."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def begin(self) -> None:
+        """Make ``/readyz`` answer 503 from now on."""
+        self.begun = True
+
+    def __call__(self) -> bool:
+        return self.begun
+
+
+DRAINING = web.AppKey("draining", Draining)
+METRICS = web.AppKey("metrics", Metrics)
+
+
+def build(
+    *,
+    log: Log,
+    follow: Follow,
+    tables: Tables,
+    blobs: Store,
+    reader: Reader,
+    token: str,
+    version: str,
+    limits: GatewayLimits | None = None,
+    tenant: str = TENANT,
+    public_url: str = "",
+    clock: Callable[[], float] = time.time,
+) -> web.Application:
+    """Return the application. Run it with ``gateway.server.Runner``; it opens and closes nothing that it was given.
+
+    Args:
+        log: where runs are appended.
+        follow: ordered reading of that log.
+        tables: what is registered.
+        blobs: where large bodies and code are kept; free space is watched on its disk.
+        reader: the read model.
+        token: the bearer token that callers need.
+        version: of the platform, for ``/openapi.json`` and ``/metrics``.
+        limits: how much to take on.
+        tenant: whose events come in through this gateway.
+        public_url: where callers reach it, if that is not the ``Host`` they send (behind a proxy).
+        clock: the time in epoch seconds.
+    """
+    limits = limits or GatewayLimits()
+    metrics = Metrics(version)
+    draining = Draining()
+    disk = Disk(blobs.incoming, limits.disk_bytes_min)
+    gate = Gate(limits, disk)
+    book = RunBook(log=log, follow=follow, reader=reader, tenant=tenant)
+    waiting = Waiting(log=log, book=book, seats_max=limits.waiting_max)
+    ingest = Ingest(
+        log=log,
+        tables=tables,
+        blobs=blobs,
+        book=book,
+        gate=gate,
+        quota=Quota(log, reader),
+        waiting=waiting,
+        metrics=metrics,
+        tenant=tenant,
+        limits=limits,
+        clock=clock,
+    )
+    runs = Runs(book=book, log=log, reader=reader, blobs=blobs, clock=clock)
+    live = Live(log=log, follow=follow, book=book, metrics=metrics, tenant=tenant, limits=limits)
+    catalog = Catalog(tables=tables, blobs=blobs, gate=gate, tenant=tenant, clock=clock)
+    uploads = Uploads(spool=Spool(blobs), disk=disk, token=token, limits=limits, public_url=public_url, clock=clock)
+    status = Status(
+        log=log,
+        disk=disk,
+        gate=gate,
+        waiting=waiting,
+        metrics=metrics,
+        limits=limits,
+        version=version,
+        draining=draining,
+    )
+    files = page.Page(page.load())
+    handlers: dict[str, Handler] = {
+        "send_events": ingest.events,
+        "trigger": ingest.trigger,
+        "begin_upload": uploads.begin,
+        "put_part": uploads.part,
+        "complete_upload": uploads.complete,
+        "list_runs": runs.page,
+        "get_run": runs.one,
+        "get_result": runs.result,
+        "follow_run": live.run,
+        "cancel_run": runs.cancel,
+        "follow_all": live.stream,
+        "list_functions": catalog.functions,
+        "get_function": catalog.function,
+        "put_function": catalog.put_function,
+        "list_routes": catalog.routes,
+        "get_route": catalog.route,
+        "put_route": catalog.put_route,
+        "delete_route": catalog.delete_route,
+        "list_sites": catalog.sites,
+        "get_site": catalog.site,
+        "live": status.live,
+        "ready": status.ready,
+        "metrics": status.metrics,
+        "openapi": OpenApi(version).get,
+        "page": files.index,
+        "page_file": files.file,
+    }
+    app = web.Application(
+        middlewares=[
+            problems.problems,
+            auth.middleware(auth.TokenCheck(token), {e.path for e in ENDPOINTS if e.open}),
+        ],
+        client_max_size=limits.body_bytes_max,
+    )
+    app[DRAINING] = draining
+    app[METRICS] = metrics
+    for endpoint in ENDPOINTS:
+        app.router.add_route(endpoint.method, endpoint.path, handlers[endpoint.name])
+    app.on_response_prepare.append(_sign)
+    app.cleanup_ctx.append(uploads.sweep)
+    app.on_shutdown.append(lambda _: live.close())
+    return app
+
+
+async def _sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Set what every response carries; here, because a stream has sent its headers before a middleware sees it."""
+    response.headers["Server"] = SERVER
+    response.headers["X-Content-Type-Options"] = "nosniff"
+
+
+__all__ = ["DRAINING", "METRICS", "TENANT", "build"]

@@ -1,0 +1,129 @@
+"""What the gateway asks of the rest, as small protocols. The real things are in ``streams``; tests bring doubles."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from headrace.model import RunPage, RunView
+from headrace.wire import FunctionRecord, RouteRecord
+from streams.blobs import Blobs
+from streams.log import Record, Stored
+from streams.record import RunRecord
+
+T = TypeVar("T")
+
+
+class Link(Protocol):
+    """The connection to the log's server."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether it stands at this moment."""
+
+
+class Log(Protocol):
+    """The log, as ``streams.log.Log`` is it: what ``append`` returned is synced to disk."""
+
+    last_seq: int
+
+    @property
+    def link(self) -> Link:
+        """The connection in use."""
+
+    async def append(self, unit: list[Record], *, timeout_s: float = 10.0) -> list[int]:
+        """Append all records or none; raises ``AlreadyThere`` and ``Unavailable``."""
+
+    async def last(self, subject: str) -> Stored | None:
+        """Return the newest message on a subject."""
+
+    async def last_of_each(self, subjects: list[str]) -> list[Stored]:
+        """Return the newest message of each subject that matches, in the order of the log; at most 1,000."""
+
+    async def end_seq(self) -> int:
+        """Return the sequence of the newest message."""
+
+    def live(self, *subjects: str) -> AbstractAsyncContextManager[AsyncIterator[Stored]]:
+        """Return what is stored on these subjects from now on; it may miss what a reconnect hides."""
+
+
+class Follow(Protocol):
+    """Ordered reading, as ``streams.follow.follow`` does it for one log."""
+
+    def __call__(
+        self, subjects: list[str], *, after: int, window: int = 512, idle_s: float = 5.0
+    ) -> AsyncGenerator[list[Stored], None]:
+        """Yield every message after a sequence, in order, for ever; an empty batch when nothing happens."""
+
+
+class Table(Protocol[T]):
+    """Rows by name, with a copy in memory that is at most a moment old."""
+
+    def get(self, name: str) -> T | None:
+        """Return a row from memory."""
+
+    def items(self) -> dict[str, T]:
+        """Return all rows in memory."""
+
+    async def fetch(self, name: str) -> T | None:
+        """Return a row as the server has it."""
+
+    async def put(self, name: str, row: T) -> None:
+        """Write a row to disk."""
+
+    async def delete(self, name: str) -> bool:
+        """Remove a row and say whether there was one."""
+
+
+class Tables(Protocol):
+    """What is registered."""
+
+    @property
+    def functions(self) -> Table[FunctionRecord]:
+        """Current versions by name."""
+
+    @property
+    def versions(self) -> Table[FunctionRecord]:
+        """All versions by ``name.version``."""
+
+    @property
+    def routes(self) -> Table[RouteRecord]:
+        """Routes by name."""
+
+
+class Store(Blobs, Protocol):
+    """Bytes by their digest, with a folder on the same disk in which large ones can grow before they are adopted."""
+
+    incoming: Path
+
+    def adopt(self, path: Path, digest: str) -> None:
+        """Move a finished and synced file from ``incoming`` into its place. The caller has checked its digest."""
+
+
+class Reader(Protocol):
+    """The read model. It may lag behind the log and may be away (``Unavailable``)."""
+
+    async def position(self) -> int:
+        """Return the sequence up to which the log was read."""
+
+    async def run(self, run: str, /) -> RunView | None:
+        """Return a run, or None if it is not known here (yet)."""
+
+    async def record(self, run: str, /) -> RunRecord | None:
+        """Return a run without its invocations, or None."""
+
+    async def open_runs(self, route: str, /) -> int:
+        """Return how many runs of a route have not ended."""
+
+    async def page(
+        self,
+        *,
+        state: str | None = None,
+        route: str | None = None,
+        since: float | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> RunPage:
+        """Return runs, newest first; ``BadRequest`` for a cursor that is none."""

@@ -1,0 +1,55 @@
+"""How many runs of a route may be open (``max_in_flight``): the read model's count, and what it has yet to see."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+from gateway.needs import Log, Reader
+from headrace.errors import Overloaded
+from headrace.wire import RouteRecord
+
+RETRY_S = 1.0
+
+
+class Quota:
+    """Counts for the routes that have a limit; the others cost nothing.
+
+    A run counts from the moment it is about to be appended. What this gateway appended after the read model's position
+    is remembered here, so the limit holds although the read model lags. With several gateways it may be passed by what
+    the others append in that lag.
+    """
+
+    def __init__(self, log: Log, reader: Reader) -> None:
+        self._log = log
+        self._reader = reader
+        self._about: Counter[str] = Counter()
+        self._recent: defaultdict[str, list[int]] = defaultdict(list)
+
+    async def take(self, wanted: Mapping[str, int], routes: Mapping[str, RouteRecord]) -> None:
+        """Count runs that are about to be appended, by route; ``done`` takes them out again.
+
+        Raises:
+            Overloaded: one of the routes has no room for them. None is counted then.
+            Unavailable: the read model does not answer.
+        """
+        for name, number in wanted.items():
+            limit = routes[name].route.max_in_flight
+            if limit is None:
+                continue
+            position = await self._reader.position()
+            unseen = self._recent[name] = [seq for seq in self._recent[name] if seq > position]
+            if await self._reader.open_runs(name) + len(unseen) + self._about[name] + number > limit:
+                raise Overloaded(
+                    f"{limit} runs of the route {name} are open, which is its limit",
+                    hint="Send it again when one has ended, or raise max_in_flight of the route.",
+                    retry_after_s=RETRY_S,
+                )
+        self._about.update(wanted)
+
+    def done(self, wanted: Mapping[str, int], routes: Mapping[str, RouteRecord], *, appended: bool) -> None:
+        """Take runs out of the count of those about to be appended; if they were, they wait for the read model."""
+        for name, number in wanted.items():
+            self._about[name] -= number
+            if appended and routes[name].route.max_in_flight is not None:
+                self._recent[name] += [self._log.last_seq] * number

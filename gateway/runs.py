@@ -1,0 +1,221 @@
+"""Reading and canceling runs: from the read model where it is up to date, else from the log itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+from typing import get_args
+
+import msgspec
+from aiohttp import web
+
+from gateway.needs import Follow, Log, Reader
+from headrace.clock import parse_instant
+from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, TooLarge, Unavailable
+from headrace.model import FINAL, RunState, RunView
+from headrace.names import check_name
+from headrace.wire import Cancel, Outcome, Payload, decode, encode
+from streams.blobs import Blobs
+from streams.log import AlreadyThere, Record, Stored
+from streams.record import InvocationRecord, RunRecord, fold_run, view
+from streams.topology import cancel_subject, done_subject, run_subjects
+
+LIMIT_MAX = 1000
+LIMIT_DEFAULT = 100
+CURSOR_CHARS_MAX = 512
+REASON_CHARS_MAX = 500
+RESULT_RETRY_S = 1
+_SCAN_IDLE_S = 1.0
+
+# What comes out of a function is shown by no browser as part of this site.
+RESULT_HEADERS = {"Content-Security-Policy": "default-src 'none'; sandbox", "Cache-Control": "no-store"}
+
+Folded = tuple[RunRecord, list[InvocationRecord]]
+
+
+class RunBook:
+    """Finds runs. What this gateway has promised is found at once, however far the read model is behind."""
+
+    def __init__(self, *, log: Log, follow: Follow, reader: Reader, tenant: str) -> None:
+        self._log = log
+        self._follow = follow
+        self._reader = reader
+        self._tenant = tenant
+
+    async def read(self, run_id: str, *, seq: int | None = None) -> RunView:
+        """Return a run as it is, at least as far as the log was at ``seq`` (by default: at this gateway's last append).
+
+        Raises:
+            NotFound: there is no such run.
+            Unavailable: neither the read model nor the log can tell.
+        """
+        check_name(run_id, "run id")
+        known: RunView | None = None
+        fresh = False
+        try:
+            # The position is asked for first: what is read after it is at least as new.
+            fresh = await self._reader.position() >= (self._log.last_seq if seq is None else seq)
+            known = await self._reader.run(run_id)
+        except Unavailable:
+            pass
+        if known is None or not (fresh or known.state in FINAL):
+            folded = await self._fold(run_id)
+            if folded is not None:
+                known = view(*folded)
+        if known is None or known.tenant != self._tenant:
+            raise _unknown(run_id)
+        return known
+
+    async def read_end(self, run_id: str, seq: int) -> RunView:
+        """Return a run of which the fact ``seq`` was heard just now: the log has it, the read model hardly ever."""
+        try:
+            folded = fold_run(await self._log.last_of_each(run_subjects(run_id)))
+        except TooLarge:
+            folded = None
+        return view(*folded) if folded is not None else await self.read(run_id, seq=seq)
+
+    async def record(self, run_id: str, *, seq: int | None = None) -> RunRecord:
+        """Return what is known of a run without its invocations; raises what ``read`` raises."""
+        check_name(run_id, "run id")
+        known: RunRecord | None = None
+        fresh = False
+        try:
+            fresh = await self._reader.position() >= (self._log.last_seq if seq is None else seq)
+            known = await self._reader.record(run_id)
+        except Unavailable:
+            pass
+        if known is None or not (fresh or known.ended):
+            folded = await self._fold(run_id)
+            if folded is not None:
+                known = folded[0]
+        if known is None or known.tenant != self._tenant:
+            raise _unknown(run_id)
+        return known
+
+    async def answer(self, record: RunRecord) -> Payload | None:
+        """Return the answer of a run, or None while there is none."""
+        if record.answer_id is None:
+            return None
+        stored = await self._log.last(done_subject(record.run_id, record.answer_id))
+        if stored is None:
+            raise Unavailable(f"the log does not hold the answer of {record.run_id} (yet)", hint="Try again.")
+        outcome = decode(stored.body, Outcome)
+        return outcome.answer if record.explicit else outcome.result
+
+    async def _fold(self, run_id: str) -> Folded | None:
+        """Fold a run from the log. One of more than 1,000 facts is read through, which takes a moment."""
+        subjects = run_subjects(run_id)
+        try:
+            return fold_run(await self._log.last_of_each(subjects))
+        except TooLarge:
+            return fold_run(await self._read_through(subjects))
+
+    async def _read_through(self, subjects: list[str]) -> list[Stored]:
+        end = await self._log.end_seq()
+        facts: list[Stored] = []
+        async with aclosing(self._follow(subjects, after=0, idle_s=_SCAN_IDLE_S)) as batches:
+            async for batch in batches:
+                facts += batch
+                if not batch or batch[-1].seq >= end:
+                    break
+        return facts
+
+
+class Runs:
+    """The endpoints under ``/v1/runs``."""
+
+    def __init__(
+        self, *, book: RunBook, log: Log, reader: Reader, blobs: Blobs, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._book = book
+        self._log = log
+        self._reader = reader
+        self._blobs = blobs
+        self._clock = clock
+
+    async def one(self, request: web.Request) -> web.Response:
+        """Answer ``GET /v1/runs/{run_id}``."""
+        return as_json(await self._book.read(request.match_info["run_id"]))
+
+    async def page(self, request: web.Request) -> web.Response:
+        """Answer ``GET /v1/runs``."""
+        query = request.query
+        state = query.get("state")
+        if state is not None and state not in get_args(RunState):
+            raise BadRequest(
+                f"state: {ascii(state)[:40]} is no state of a run", hint=f"Use {', '.join(get_args(RunState))}."
+            )
+        route = query.get("route")
+        since = query.get("since")
+        cursor = query.get("cursor")
+        if cursor is not None and len(cursor) > CURSOR_CHARS_MAX:
+            raise BadRequest("cursor: this was not given out here", hint="Use `next` of the page before.")
+        return as_json(
+            await self._reader.page(
+                state=state,
+                route=None if route is None else check_name(route, "route name"),
+                since=None if since is None else parse_instant(since, "since"),
+                limit=_limit(query.get("limit")),
+                cursor=cursor,
+            )
+        )
+
+    async def result(self, request: web.Request) -> web.StreamResponse:
+        """Answer ``GET /v1/runs/{run_id}/result``: the answer, 202 while there is none, 410 if none will come."""
+        record = await self._book.record(request.match_info["run_id"])
+        answer = await self._book.answer(record)
+        if answer is not None:
+            headers = {**RESULT_HEADERS, "Content-Type": answer.type}
+            if answer.blob is not None:
+                return web.FileResponse(await self._blobs.path(answer.blob), headers=headers)
+            return web.Response(body=answer.body, headers=headers)
+        if record.state in ("failed", "canceled"):
+            kind = RunCanceled if record.state == "canceled" else RunFailed
+            why = f": {record.error.kind}: {record.error.message}" if record.error else ""
+            raise kind(f"the run {record.run_id} {_ended(record.state)}{why}", hint=f"headrace run {record.run_id}")
+        return web.json_response(
+            {"run_id": record.run_id, "state": record.state}, status=202, headers={"Retry-After": str(RESULT_RETRY_S)}
+        )
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Answer ``POST /v1/runs/{run_id}/cancel``. Twice is one wish; to cancel what has ended is a conflict."""
+        run_id = request.match_info["run_id"]
+        record = await self._book.record(run_id)
+        if record.ended and record.state != "canceled":
+            raise Conflict(f"the run {run_id} has {record.state} already", hint=f"headrace run {run_id}")
+        if not record.ended:
+            subject = cancel_subject(run_id)
+            wish = Cancel(run_id=run_id, at=self._clock(), reason=_reason(request))
+            with suppress(AlreadyThere):  # somebody else was quicker, to the same end
+                await self._log.append([Record(subject, encode(wish), subject)])
+        return web.json_response({"run_id": run_id, "state": "canceled"}, status=202)
+
+
+def as_json(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """Return a struct as a JSON response."""
+    return web.Response(
+        body=msgspec.json.encode(value), status=status, content_type="application/json", headers=headers
+    )
+
+
+def _ended(state: RunState) -> str:
+    return "was canceled" if state == "canceled" else state
+
+
+def _reason(request: web.Request) -> str:
+    return request.query.get("reason", "")[:REASON_CHARS_MAX]
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return LIMIT_DEFAULT
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= LIMIT_MAX:
+        raise BadRequest(f"limit: {ascii(text)[:40]} is not possible", hint=f"Use 1 to {LIMIT_MAX}.")
+    return int(text)
+
+
+def _unknown(run_id: str) -> NotFound:
+    return NotFound(
+        f"there is no run {run_id}", hint="Check the id; a run is kept as long as the log, 7 days by default."
+    )

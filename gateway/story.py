@@ -1,0 +1,250 @@
+"""From facts of the log to what is told of them: pure, but for what a ``Teller`` has to look up.
+
+``run`` and ``invocation`` events carry those fields of ``GET /v1/runs/{id}`` that the fact tells; fields that are not
+there stay as they were. ``progress`` carries ``fraction`` and ``note``, ``log`` carries ``level`` and ``text``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from gateway.runs import RunBook
+from headrace.clock import format_instant, maybe_instant
+from headrace.errors import NotFound, Unavailable
+from headrace.model import FINAL
+from headrace.wire import Attempt, Cancel, Invocation, Note, Outcome, RunEnd, Started, decode
+from streams.log import Stored
+from streams.record import RunRecord
+from streams.topology import kind_of
+
+REMEMBERED_MAX = 10_000
+
+Data = dict[str, Any]
+Told = list[tuple[str, Data]]
+
+
+def events_of(stored: Stored) -> Told:
+    """Return the events (name, data) that a message of the log makes; none for what is of no interest outside."""
+    match kind_of(stored.subject):
+        case "work":
+            return _queued(decode(stored.body, Invocation), stored)
+        case "start":
+            return _started(decode(stored.body, Started))
+        case "try":
+            return _tried(decode(stored.body, Attempt))
+        case "done":
+            return _ended(decode(stored.body, Outcome), stored)
+        case "end":
+            end = decode(stored.body, RunEnd)
+            return [("run", {"run_id": end.run_id, "state": end.state, "ended_at": format_instant(stored.at)})]
+        case "cancel":
+            return _canceled(decode(stored.body, Cancel), stored)
+        case "note":
+            return _noted(decode(stored.body, Note))
+        case _:
+            return []
+
+
+def _queued(work: Invocation, stored: Stored) -> Told:
+    told: Told = []
+    if work.parent_id is None:
+        event = work.event
+        told.append(
+            (
+                "run",
+                {
+                    "run_id": work.run_id,
+                    "route": work.route,
+                    "function": work.function,
+                    "state": "accepted",
+                    "event": None if event is None else {"id": event.id, "source": event.source, "type": event.type},
+                    "accepted_at": format_instant(work.accepted_at),
+                    "deadline": maybe_instant(work.deadline),
+                    "quote": work.quote,
+                },
+            )
+        )
+    told.append(
+        (
+            "invocation",
+            {
+                "run_id": work.run_id,
+                "invocation_id": work.invocation_id,
+                "parent_id": work.parent_id,
+                "function": work.function,
+                "version": work.version,
+                "state": "queued",
+                "queued_at": format_instant(stored.at),
+            },
+        )
+    )
+    return told
+
+
+def _started(start: Started) -> Told:
+    return [
+        ("run", {"run_id": start.run_id, "state": "running"}),
+        (
+            "invocation",
+            {
+                "run_id": start.run_id,
+                "invocation_id": start.invocation_id,
+                "parent_id": start.parent_id,
+                "function": start.function,
+                "version": start.version,
+                "state": "running",
+                "attempts": start.attempt,
+                "started_at": format_instant(start.started_at),
+                "worker": start.worker,
+            },
+        ),
+    ]
+
+
+def _tried(attempt: Attempt) -> Told:
+    return [
+        (
+            "invocation",
+            {
+                "run_id": attempt.run_id,
+                "invocation_id": attempt.invocation_id,
+                "parent_id": attempt.parent_id,
+                "function": attempt.function,
+                "version": attempt.version,
+                "state": "queued",
+                "attempts": attempt.attempt,
+                "started_at": format_instant(attempt.started_at),
+                "worker": attempt.worker,
+                "error": attempt.error,
+                "retry_at": format_instant(attempt.retry_at),
+            },
+        )
+    ]
+
+
+def _ended(done: Outcome, stored: Stored) -> Told:
+    told: Told = [
+        (
+            "invocation",
+            {
+                "run_id": done.run_id,
+                "invocation_id": done.invocation_id,
+                "parent_id": done.parent_id,
+                "function": done.function,
+                "version": done.version,
+                "state": done.state,
+                "attempts": done.attempts,
+                "started_at": format_instant(done.started_at),
+                "ended_at": format_instant(done.ended_at),
+                "worker": done.worker,
+                "error": done.error,
+            },
+        )
+    ]
+    run: Data = {"run_id": done.run_id, "route": done.route, "state": "running"}
+    answered = done.answer is not None
+    if done.end is not None:
+        run |= {"state": done.end.state, "ended_at": format_instant(stored.at), "time_ledger": done.end.spent}
+        if done.end.error is not None:
+            run["error"] = done.end.error
+        answered = answered or done.end.state == "succeeded"
+    if answered:
+        run["answered_at"] = format_instant(stored.at)
+        run["time_to_solution_s"] = max(0.0, stored.at - done.accepted_at)
+    if done.deadline is not None and (answered or done.end is not None):
+        run["deadline_met"] = answered and stored.at <= done.deadline
+    if done.end is not None or answered or done.parent_id is None:
+        told.append(("run", run))
+    return told
+
+
+def _canceled(cancel: Cancel, stored: Stored) -> Told:
+    error = {"kind": "canceled", "message": cancel.reason or "the run was canceled"}
+    run = {"run_id": cancel.run_id, "state": "canceled", "ended_at": format_instant(stored.at), "error": error}
+    return [("run", run)]
+
+
+def _noted(note: Note) -> Told:
+    head = {"run_id": note.run_id, "invocation_id": note.invocation_id, "at": format_instant(note.at)}
+    told: Told = [("log", {**head, "level": level, "text": text}) for level, text in note.lines]
+    if note.fraction is not None:
+        told.append(("progress", {**head, "fraction": note.fraction, "note": note.text}))
+    return told
+
+
+def run_event(record: RunRecord) -> tuple[str, Data]:
+    """Return a ``run`` event that tells all that is known of a run."""
+    answered = record.answered_at
+    return (
+        "run",
+        {
+            "run_id": record.run_id,
+            "route": record.route,
+            "function": record.function,
+            "state": record.state,
+            "accepted_at": format_instant(record.accepted_at),
+            "deadline": maybe_instant(record.deadline),
+            "deadline_met": record.deadline_met,
+            "answered_at": maybe_instant(answered),
+            "ended_at": maybe_instant(record.ended_at),
+            "time_to_solution_s": None if answered is None else max(0.0, answered - record.accepted_at),
+            "time_ledger": record.spent,
+            "error": record.error,
+        },
+    )
+
+
+def text_of(seq: int, told: Told) -> bytes:
+    """Return events as they go over the wire, the id on the last of them."""
+    parts: list[bytes] = []
+    for number, (name, data) in enumerate(told, 1):
+        head = b"id: %d\n" % seq if number == len(told) else b""
+        parts.append(b"%sevent: %s\ndata: %s\n\n" % (head, name.encode(), msgspec.json.encode(data)))
+    return b"".join(parts)
+
+
+class Teller:
+    """Tells one client what happens. What single facts do not say of a run, it looks up or remembers."""
+
+    def __init__(self, book: RunBook) -> None:
+        self._book = book
+        self._answered: dict[str, None] = {}
+        self._canceled: dict[str, None] = {}
+
+    async def tell(self, stored: Stored) -> Told:
+        """Return the events of a fact."""
+        told = events_of(stored)
+        kind = kind_of(stored.subject)
+        if kind == "end":
+            # The end of a run with branches knows neither its deadline nor when it was answered.
+            try:
+                return [run_event(await self._book.record(told[0][1]["run_id"], seq=stored.seq))]
+            except (NotFound, Unavailable):
+                return told
+        if kind in ("done", "cancel"):
+            return [(name, data) for name, data in told if name != "run" or self._mend(data, kind)]
+        return told
+
+    def _mend(self, run: Data, kind: str) -> bool:
+        """Take out what an earlier fact made untrue, and say whether the event is to be told at all."""
+        run_id = run["run_id"]
+        if run_id in self._canceled:
+            return False  # what comes after the end of a run does not change it
+        if run_id in self._answered:
+            for name in ("answered_at", "time_to_solution_s", "deadline_met"):
+                run.pop(name, None)
+        elif "answered_at" in run and run["state"] == "running":
+            _remember(self._answered, run_id)
+        if run["state"] in FINAL:
+            self._answered.pop(run_id, None)
+        if kind == "cancel":
+            _remember(self._canceled, run_id)
+        return True
+
+
+def _remember(kept: dict[str, None], run_id: str) -> None:
+    kept[run_id] = None
+    if len(kept) > REMEMBERED_MAX:
+        del kept[next(iter(kept))]

@@ -1,0 +1,110 @@
+"""What is told of an exception that a user's code raised: one line, and a traceback of the user's own frames."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import traceback
+from collections.abc import Iterable
+
+from headrace.errors import BadRequest, FunctionError, HeadraceError, LoadError
+from headrace.model import ErrorInfo
+
+MESSAGE_CHARS_MAX = 2_000
+TRACEBACK_CHARS_MAX = 32_000
+
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LOOP = os.path.dirname(os.path.abspath(asyncio.__file__)) + os.sep
+
+
+def error_text(error: BaseException) -> str:
+    """Return "ValueError: what it says", even for an exception whose ``__str__`` raises."""
+    try:
+        said = str(error)
+    except Exception:  # the user's own exception class
+        said = "(it cannot be shown)"
+    return shorten(f"{type(error).__name__}: {said}" if said else type(error).__name__, MESSAGE_CHARS_MAX)
+
+
+def told(error: BaseException) -> ErrorInfo:
+    """Return what the run says of an exception that left a user's code."""
+    kind = "load" if isinstance(error, LoadError) else "user"
+    message = _with_hint(error) if isinstance(error, HeadraceError) else _message(error)
+    seen = error.traceback if isinstance(error, FunctionError) and error.traceback else user_traceback(error)
+    return ErrorInfo(
+        kind=kind, message=shorten(message, MESSAGE_CHARS_MAX), traceback=shorten(seen, TRACEBACK_CHARS_MAX)
+    )
+
+
+def worth_another_try(error: BaseException) -> bool:
+    """Return whether the same call may go well when it is made again; bad input stays bad."""
+    if isinstance(error, FunctionError):
+        return error.retry
+    return not isinstance(error, BadRequest)
+
+
+def user_traceback(error: BaseException) -> str:
+    """Return the traceback as Python prints it, without frames of ours; empty where no frame of the user's is left."""
+    try:
+        shown = traceback.TracebackException.from_exception(error, compact=True)
+        if not _cut(shown):
+            return ""
+        return "".join(shown.format()).rstrip("\n")
+    except Exception:  # formatting calls __str__ and __repr__ of the user's classes
+        return ""
+
+
+def is_ours(filename: str) -> bool:
+    """Return whether a frame of this file says nothing to a user: ours, or of the import system."""
+    return filename.startswith((_OURS, "<frozen importlib", "<frozen runpy"))
+
+
+def is_loop(filename: str) -> bool:
+    """Return whether a frame of this file belongs to the event loop that runs an async function."""
+    return filename.startswith(_LOOP)
+
+
+def shorten(text: str, chars_max: int) -> str:
+    """Return text that can be sent, its middle left out if it is long: what failed stands at the two ends."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # names of files may hold bytes that are no text
+    if len(text) <= chars_max:
+        return text
+    half = (chars_max - 40) // 2
+    return f"{text[:half]}\n... ({len(text) - 2 * half:,} characters left out) ...\n{text[-half:]}"
+
+
+def size_text(size_bytes: int) -> str:
+    """Return "1.5 MiB"."""
+    for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.4g} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({'' if error.code is None else ascii(error.code)})"
+    if isinstance(error, BaseExceptionGroup):
+        inner = "; ".join(error_text(each) for each in error.exceptions[:5])
+        return f"{error_text(error)}: {inner}"
+    return error_text(error)
+
+
+def _with_hint(error: HeadraceError) -> str:
+    return f"{error}. {error.hint}" if error.hint else str(error)
+
+
+def _cut(shown: traceback.TracebackException) -> bool:
+    """Cut our frames from a traceback and all that it is chained to; return whether frames of the user's are left."""
+    frames = [frame for frame in shown.stack if not is_ours(frame.filename)]
+    while frames and is_loop(frames[0].filename):
+        frames.pop(0)  # the loop that runs an async function is above it, and nobody's business
+    shown.stack = traceback.StackSummary.from_list(frames)
+    linked: Iterable[traceback.TracebackException | None] = (
+        shown.__cause__,
+        shown.__context__,
+        *(getattr(shown, "exceptions", None) or ()),
+    )
+    left = [_cut(each) for each in linked if each is not None]
+    syntax = shown.exc_type is not None and issubclass(shown.exc_type, SyntaxError)
+    return bool(frames) or any(left) or syntax  # a syntax error tells its line without any frame

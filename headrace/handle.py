@@ -1,0 +1,123 @@
+"""A run in the hand: asking for its state, its answer and its story."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import msgspec
+
+from headrace.following import is_end
+from headrace.media import charset, is_json, is_text
+from headrace.model import FINAL, Quote, RunRef, RunState, RunView, StreamEvent
+from headrace.transport import delays
+from headrace.wire import Payload
+
+
+class Platform(Protocol):
+    """What a run asks of the client it came from."""
+
+    async def view(self, run_id: str) -> RunView:
+        """Return the run as it is now."""
+
+    async def answer(self, run_id: str, timeout: float | None) -> Payload:
+        """Wait for the answer."""
+
+    def events(self, path: str, after: int | None = None) -> AsyncGenerator[StreamEvent, None]:
+        """Yield the events of a path."""
+
+    async def cancel(self, run_id: str) -> None:
+        """Stop the run."""
+
+
+class AsyncRun:
+    """One run on the platform. ``run_id`` names it everywhere; ``duplicate`` says that it was there already."""
+
+    def __init__(
+        self, platform: Platform, run_id: str, *, ref: RunRef | None = None, seen: RunView | None = None
+    ) -> None:
+        told = ref or seen
+        self.run_id = run_id
+        self.route = told.route if told else ""
+        self.deadline = told.deadline if told else None
+        self.quote = told.quote if told else Quote()
+        self.duplicate = ref.duplicate if ref else False
+        self.ref = ref
+        self._platform = platform
+        self._seen = seen
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.run_id} on {self.route or '?'}>"
+
+    async def view(self) -> RunView:
+        """Return the run as it is now. What has ended stays as it is and is not asked for again."""
+        if self._seen is None or self._seen.state not in FINAL:
+            self._seen = await self._platform.view(self.run_id)
+        return self._seen
+
+    async def state(self) -> RunState:
+        """Return the state: accepted, running, succeeded, failed or canceled."""
+        return (await self.view()).state
+
+    async def result(self, timeout: float | None = None) -> Any:
+        """Wait for the answer and return it: decoded JSON, text, or bytes, as its content type says.
+
+        Args:
+            timeout: the longest wait in seconds; None waits for as long as it takes.
+
+        Raises:
+            RunFailed: the run ended without an answer; ``kind`` and ``traceback`` say why.
+            RunCanceled: somebody canceled it.
+            TimeoutError: there is no answer yet. The run goes on.
+        """
+        return value_of(await self.payload(timeout))
+
+    async def payload(self, timeout: float | None = None) -> Payload:
+        """Wait for the answer and return its bytes with their content type; raises what ``result`` raises."""
+        return await self._platform.answer(self.run_id, timeout)
+
+    async def follow(self, after: int | None = None) -> AsyncGenerator[StreamEvent, None]:
+        """Yield what happens in the run, from its acceptance to its end, across lost connections without a gap.
+
+        Args:
+            after: go on after this event (its ``seq``) instead of beginning with the first.
+        """
+        async with aclosing(self._platform.events(f"/v1/runs/{self.run_id}/events", after)) as found:
+            async for event in found:
+                yield event
+                if is_end(event):
+                    return
+
+    async def ended(self) -> RunView:
+        """Wait until the run has ended, however that may be, and return it as it is then."""
+        async with aclosing(self.follow()) as events:
+            async for _ in events:
+                pass
+        waits = delays()
+        while True:
+            view = await self.view()
+            if view.state in FINAL:
+                return view
+            await asyncio.sleep(next(waits))  # what was told is not readable yet
+
+    async def cancel(self) -> None:
+        """Stop the run: what waits is dropped, what runs is stopped.
+
+        Raises:
+            Conflict: it has succeeded or failed already.
+        """
+        await self._platform.cancel(self.run_id)
+
+
+def value_of(payload: Payload) -> Any:
+    """Return what an answer says: JSON decoded, text as text, everything else as bytes. Nothing is ever unpickled."""
+    if is_json(payload.type):
+        return msgspec.json.decode(payload.body)
+    if is_text(payload.type):
+        try:
+            return payload.body.decode(charset(payload.type))
+        except (LookupError, UnicodeDecodeError):
+            return payload.body
+    return payload.body

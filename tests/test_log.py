@@ -1,0 +1,124 @@
+"""The log: appended in groups, guarded, synced, and read back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from headrace.errors import TooLarge, Unavailable
+from infra.embedded import NatsServer
+from streams.log import AlreadyThere, Log, Record
+from streams.topology import done_subject, run_subjects, work_subject
+
+
+def kill(server: NatsServer) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+
+
+def done(run: str, invocation: str, body: bytes = b"x") -> Record:
+    subject = done_subject(run, invocation)
+    return Record(subject, body, subject)
+
+
+async def test_an_appended_record_is_read_back_with_its_sequence(log: Log) -> None:
+    (seq,) = await log.append([Record("hr.note.r.i", b"hello")])
+    stored = await log.last("hr.note.r.i")
+    assert stored is not None
+    assert (stored.seq, stored.subject, stored.body) == (seq, "hr.note.r.i", b"hello")
+    assert stored.at > 1_700_000_000
+
+
+async def test_a_guarded_subject_takes_one_record_for_ever(log: Log) -> None:
+    await log.append([done("r1", "i1", b"first")])
+    with pytest.raises(AlreadyThere):
+        await log.append([done("r1", "i1", b"second")])
+    stored = await log.last(done_subject("r1", "i1"))
+    assert stored is not None
+    assert stored.body == b"first"
+
+
+async def test_a_guard_with_a_wildcard_spans_all_lanes(log: Log) -> None:
+    guard = work_subject("*", "t", "r1", "i1")
+    await log.append([Record(work_subject(5, "t", "r1", "i1"), b"", guard)])
+    with pytest.raises(AlreadyThere):
+        await log.append([Record(work_subject(3, "t", "r1", "i1"), b"", guard)])
+
+
+async def test_a_unit_is_appended_whole_or_not_at_all(log: Log) -> None:
+    await log.append([done("r1", "i1")])
+    with pytest.raises(AlreadyThere):
+        await log.append([Record("hr.work.1.t.r1.child", b""), done("r1", "i1")])
+    assert await log.last(work_subject("*", "t", "r1", "child")) is None
+
+
+async def test_one_conflict_in_a_group_does_not_fail_its_neighbours(log: Log) -> None:
+    await log.append([done("r1", "i7")])
+    answers = await asyncio.gather(*(log.append([done("r1", f"i{n}")]) for n in range(100)), return_exceptions=True)
+    refused = [n for n, answer in enumerate(answers) if isinstance(answer, BaseException)]
+    assert refused == [7]
+    assert isinstance(answers[7], AlreadyThere)
+
+
+async def test_sequences_given_to_a_group_are_those_of_the_log(log: Log) -> None:
+    units = [[Record(f"hr.note.r{n}.a", b""), Record(f"hr.note.r{n}.b", b"")] for n in range(40)]
+    for unit, seqs in zip(units, await asyncio.gather(*map(log.append, units)), strict=True):
+        for record, seq in zip(unit, seqs, strict=True):
+            stored = await log.last(record.subject)
+            assert stored is not None
+            assert stored.seq == seq
+
+
+async def test_an_expected_sequence_makes_a_chain(log: Log) -> None:
+    subject = "hr.tally.r.s"
+    (first,) = await log.append([Record(subject, b"1", subject)])
+    (second,) = await log.append([Record(subject, b"2", subject, first)])
+    with pytest.raises(AlreadyThere):
+        await log.append([Record(subject, b"3", subject, first)])
+    await log.append([Record(subject, b"3", subject, second)])
+
+
+async def test_a_unit_over_the_limit_is_refused_with_the_limit_named(log: Log) -> None:
+    with pytest.raises(TooLarge, match="901"):
+        await log.append([Record("hr.note.r.i", b"")] * 901)
+
+
+async def test_the_state_of_a_run_is_one_question(log: Log) -> None:
+    await log.append([Record(work_subject(4, "t", "r1", "i1"), b"w")])
+    await log.append([done("r1", "i1"), done("r2", "i1")])
+    subjects = [s.subject for s in await log.last_of_each(run_subjects("r1"))]
+    assert subjects == ["hr.work.4.t.r1.i1", "hr.done.r1.i1"]
+    assert await log.last_of_each(run_subjects("r9")) == []
+
+
+async def test_what_is_stored_is_heard_live_with_its_sequence(log: Log) -> None:
+    async with log.live(done_subject("r1", "*")) as live:
+        (seq,) = await log.append([done("r1", "i1", b"answer")])
+        async with asyncio.timeout(5):
+            stored = await anext(live)
+    assert (stored.seq, stored.subject, stored.body) == (seq, "hr.done.r1.i1", b"answer")
+
+
+async def test_appends_survive_a_kill_of_the_server_and_none_is_doubled(log: Log, nats_server: NatsServer) -> None:
+    async def append(n: int) -> None:
+        await log.append([done("r1", f"i{n}")], timeout_s=60)
+
+    tasks = [asyncio.create_task(append(n)) for n in range(300)]
+    await tasks[0]
+    kill(nats_server)
+    tasks += [asyncio.create_task(append(n)) for n in range(300, 600)]
+    async with asyncio.timeout(60):
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [a for a in answers if a is not None] == []
+    assert await log.end_seq() == 600
+
+
+async def test_an_append_to_a_server_that_stays_away_ends_with_unavailable(log: Log, nats_server: NatsServer) -> None:
+    await nats_server.stop()
+    with pytest.raises(Unavailable) as caught:
+        await log.append([Record("hr.note.r.i", b"")], timeout_s=0.5)
+    assert caught.value.retry_after_s > 0
+    assert caught.value.hint

@@ -1,0 +1,91 @@
+"""What a running function prints: cut into lines, up to a limit, and never in the way of anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from headrace.failures import size_text
+from headrace.wire import ChildLimits, Said
+
+LINE_BYTES_MAX = 16 * 1024
+
+_log = structlog.get_logger(__name__)
+
+OnSaid = Callable[[Said], None]
+OnLine = Callable[[str, str], None]
+
+
+class Lines:
+    """Cuts what comes out of a pipe into lines."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the lines that are complete now; a line without an end is cut after 16 KiB."""
+        *lines, held = (self._held + data).split(b"\n")
+        if len(held) > LINE_BYTES_MAX:
+            # A progress bar draws over itself without ever ending its line; only its last state counts.
+            held = held.rpartition(b"\r")[2]
+        if len(held) > LINE_BYTES_MAX:
+            lines.append(held)
+            held = b""
+        self._held = held
+        return lines
+
+    def end(self) -> list[bytes]:
+        """Return what is held although its line has not ended."""
+        held, self._held = self._held, b""
+        return [held] if held else []
+
+
+class Output:
+    """The output of one invocation: passes it on until a limit is reached, then says so once and drops the rest."""
+
+    __slots__ = ("_bytes_left", "_cut", "_limits", "_lines_left", "_on_line", "_on_said")
+
+    def __init__(self, limits: ChildLimits, on_said: OnSaid, on_line: OnLine) -> None:
+        self._limits = limits
+        self._on_said = on_said
+        self._on_line = on_line
+        self._bytes_left = limits.output_bytes_max
+        self._lines_left = limits.output_lines_max
+        self._cut = False
+
+    def said(self, said: Said) -> None:
+        """Take what the child said: a line of its log, lines it printed, or how far it is."""
+        if said.fraction is not None:
+            self._pass_on(self._on_said, said)
+        elif said.level in ("stdout", "stderr"):
+            for line in said.text.removesuffix("\n").split("\n"):
+                self.line(said.level, line)
+        elif self._spend(len(said.text) + 1, "stderr"):
+            self._pass_on(self._on_said, said)
+
+    def line(self, stream: str, line: str) -> None:
+        """Take one printed line."""
+        if self._spend(len(line) + 1, stream):
+            # Of a line that was drawn over, people see the last state.
+            self._pass_on(self._on_line, stream, line.rstrip("\r").rpartition("\r")[2])
+
+    def _spend(self, size: int, stream: str) -> bool:
+        if self._cut:
+            return False
+        self._lines_left -= 1
+        self._bytes_left -= size
+        if self._lines_left >= 0 and self._bytes_left >= 0:
+            return True
+        self._cut = True
+        most = self._limits
+        bound = size_text(most.output_bytes_max) if self._bytes_left < 0 else f"{most.output_lines_max:,} lines"
+        self._pass_on(self._on_line, stream, f"(output cut at {bound})")
+        return False
+
+    def _pass_on(self, call: Callable[..., None], *what: object) -> None:
+        try:
+            call(*what)
+        except Exception:
+            _log.exception("output was not taken")  # the function is not to blame, and its result still counts
+            self._cut = True

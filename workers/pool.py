@@ -1,0 +1,298 @@
+"""Warm child processes, one invocation at a time in each.
+
+A child that died, was stopped or has had its time is replaced at once by a fresh one, which the zygote forks within
+milliseconds. The pool decides which child runs what; ``workers.child`` talks to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from headrace.errors import ChildLost, HeadraceError, LoadError
+from headrace.model import Code
+from headrace.wire import ChildLimits, Died, Invoke, Returned
+from workers.child import Child, OnAsk
+from workers.output import OnLine, OnSaid
+from workers.scratch import Scratch
+from workers.zygote import Zygote, child_environment
+
+BACKOFF_FIRST_S = 0.01
+BACKOFF_MAX_S = 5.0
+
+_log = structlog.get_logger(__name__)
+
+
+class Pool:
+    """As many children as there are slots."""
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        limits: ChildLimits,
+        scratch: Path,
+        preload: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe the pool; nothing is started yet.
+
+        Args:
+            slots: how many invocations run at a time.
+            limits: what each child may take.
+            scratch: the folder in which children get folders of their own; pools may share it.
+            preload: modules that the zygote imports, where they are installed, so that functions have them at once.
+            environment: the environment of functions; None passes on ours. ``HEADRACE_*`` never gets there.
+        """
+        self._slots = slots
+        self._limits = limits
+        self._scratch_root = scratch
+        self._scratch: Scratch | None = None
+        self._preload = list(preload)
+        self._environment = child_environment(os.environ if environment is None else environment, slots)
+        self._zygote: Zygote | None = None
+        self._children: dict[int, Child] = {}
+        self._idle: list[Child] = []
+        self._waiters: deque[asyncio.Future[Child]] = deque()
+        self._busy = 0
+        self._made = 0
+        self._stillborn = 0
+        self._refilling: asyncio.TimerHandle | None = None
+        self._restarting: asyncio.Task[None] | None = None
+        self._removing: set[asyncio.Future[None]] = set()
+        self._closing = False
+
+    @property
+    def free(self) -> int:
+        """How many more invocations can start at once."""
+        return max(0, self._slots - self._busy)
+
+    @property
+    def processes(self) -> int:
+        """How many child processes there are, those on their way out included."""
+        return len(self._children)
+
+    async def start(self) -> None:
+        """Start the zygote and the children.
+
+        Raises:
+            NoZygote: it could not be started.
+        """
+        self._closing = False
+        self._scratch = Scratch(self._scratch_root)
+        try:
+            await self._start_zygote()
+        except BaseException:
+            self._scratch.close()
+            raise
+        self._refill()
+
+    async def close(self) -> None:
+        """End all processes, what runs in them included, and remove their folders. Safe to repeat."""
+        self._closing = True
+        if self._refilling is not None:
+            self._refilling.cancel()
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(ChildLost("the worker is stopping"))
+        for child in list(self._children.values()):
+            child.abandon("was stopped: the worker is stopping")
+        if self._zygote is not None:
+            await self._zygote.close()
+            self._zygote = None
+        for child in list(self._children.values()):
+            self._child_died(Died(child=child.number, status=None))
+        if self._removing:
+            await asyncio.wait(self._removing)
+        if self._scratch is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._scratch.close)
+            self._scratch = None
+
+    async def run(
+        self,
+        invoke: Invoke,
+        code: Callable[[], Awaitable[Code]],
+        *,
+        timeout_s: float,
+        on_said: OnSaid,
+        on_line: OnLine,
+        on_ask: OnAsk,
+    ) -> Returned:
+        """Run one invocation in a child, waiting for a free one if there is none. Canceled, it ends the child.
+
+        Args:
+            invoke: what to run, without its code.
+            code: brings the code; asked only if the child does not hold this version yet.
+            timeout_s: how long loading and running may take together, in seconds.
+            on_said: called with each line of ``ctx.log`` and each progress.
+            on_line: called with stream ("stdout" or "stderr") and text of each printed line.
+            on_ask: answers ``ctx.stage`` and ``ctx.store``.
+
+        Returns:
+            The result and the effects. Nothing is said or printed after it.
+
+        Raises:
+            FunctionError: LoadError, UserError, TimeLimit or ChildLost; ``retry`` says whether to try again.
+            Exception: what ``code`` raised; the child is unhurt then.
+        """
+        key = (invoke.function, invoke.version)
+        self._busy += 1
+        child: Child | None = None
+        try:
+            child = self._pick(key) or await self._wait()
+            if key not in child.versions:
+                invoke = msgspec.structs.replace(invoke, code=await code())
+                if not child.usable:  # it died while its code was brought
+                    child = self._pick(key) or await self._wait()
+                child.versions.add(key)
+            return await child.run(invoke, timeout_s=timeout_s, on_said=on_said, on_line=on_line, on_ask=on_ask)
+        except LoadError:
+            if child is not None:
+                child.versions.discard(key)  # it did not keep what it could not load
+            raise
+        finally:
+            self._busy -= 1
+            if child is not None:
+                self._release(child)
+
+    # ------------------------------------------------------------ which child
+
+    def _pick(self, key: tuple[str, str]) -> Child | None:
+        """Take the idle child that holds the version, or else the one that holds the fewest others."""
+        idle = self._idle
+        if not idle:
+            return None
+        best = len(idle) - 1
+        for index in range(best, -1, -1):
+            versions = idle[index].versions
+            if key in versions:
+                return idle.pop(index)
+            if len(versions) < len(idle[best].versions):
+                best = index
+        return idle.pop(best)
+
+    async def _wait(self) -> Child:
+        waiter: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._release(waiter.result())
+            raise
+
+    def _release(self, child: Child) -> None:
+        if not child.usable:
+            self._refill()
+            return
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(child)
+                return
+        self._idle.append(child)
+
+    # ------------------------------------------------------------ making and losing children
+
+    def _refill(self) -> None:
+        """Make children until every slot has a usable one."""
+        if self._closing or self._zygote is None or self._restarting is not None or self._refilling is not None:
+            return
+        for _ in range(self._slots - sum(child.usable for child in self._children.values())):
+            self._release(self._make(self._zygote))
+
+    def _make(self, zygote: Zygote) -> Child:
+        assert self._scratch is not None  # noqa: S101 - there is no zygote without it
+        self._made += 1
+        number = self._made
+        child = Child(
+            number, limits=self._limits, scratch=self._scratch.make(number), kill=zygote.kill, tell=zygote.tell
+        )
+        self._children[number] = child
+        zygote.fork(number, scratch=str(child.scratch), limits=self._limits, fds=child.theirs)
+        child.handed_over()
+        return child
+
+    def _child_died(self, report: Died) -> None:
+        child = self._children.pop(report.child, None)
+        if child is None:
+            return
+        unexpected = child.usable
+        child.died(report)
+        if child in self._idle:
+            self._idle.remove(child)
+        self._remove(child.scratch)
+        if unexpected and not child.served:
+            self._stillborn += 1
+            _log.warning("child died before it served", child=child.number, status=report.status, error=report.error)
+            self._refill_later()
+        else:
+            self._stillborn = 0
+            self._refill()
+
+    def _refill_later(self) -> None:
+        """Wait a little longer each time: whatever keeps children from living is not mended by making more of them."""
+        if self._refilling is None and not self._closing:
+            delay_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(self._stillborn, 16))
+            self._refilling = asyncio.get_running_loop().call_later(delay_s, self._refill_now)
+
+    def _refill_now(self) -> None:
+        self._refilling = None
+        self._refill()
+
+    def _remove(self, folder: Path) -> None:
+        loop = asyncio.get_running_loop()
+        removing = loop.run_in_executor(None, _remove_tree, folder)
+        self._removing.add(removing)
+        removing.add_done_callback(self._removing.discard)
+
+    # ------------------------------------------------------------ the zygote
+
+    async def _start_zygote(self) -> None:
+        zygote = Zygote(
+            preload=self._preload,
+            environment=self._environment,
+            on_died=self._child_died,
+            on_lost=self._zygote_lost,
+        )
+        await zygote.start()
+        self._zygote = zygote
+
+    def _zygote_lost(self) -> None:
+        """Take all children for dead, as the kernel ends them with their parent, and start over."""
+        if self._closing or self._restarting is not None:
+            return
+        _log.error("zygote lost", children=len(self._children))
+        self._restarting = asyncio.get_running_loop().create_task(self._restart_zygote())
+        for child in list(self._children.values()):
+            self._child_died(Died(child=child.number, status=None, error="the parent of all children died"))
+
+    async def _restart_zygote(self) -> None:
+        if self._zygote is not None:
+            await self._zygote.close()
+            self._zygote = None
+        delay_s = BACKOFF_FIRST_S
+        while True:
+            try:
+                await self._start_zygote()
+                break
+            except HeadraceError as error:
+                _log.error("zygote did not start", error=str(error))  # noqa: TRY400 - told in full by its own stderr
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, BACKOFF_MAX_S)
+        self._restarting = None
+        self._refill()
+
+
+def _remove_tree(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
