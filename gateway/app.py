@@ -22,7 +22,7 @@ from gateway.runs import RunBook, Runs
 from gateway.server import SERVER
 from gateway.spool import Spool
 from gateway.status import Status
-from gateway.table import ENDPOINTS
+from gateway.table import ENDPOINTS, EVENTS
 from gateway.uploads import Uploads
 from gateway.waiting import Waiting
 
@@ -149,7 +149,11 @@ def build(
     app[DRAINING] = draining
     app[METRICS] = metrics
     for endpoint in ENDPOINTS:
-        app.router.add_route(endpoint.method, endpoint.path, handlers[endpoint.name])
+        handler = handlers[endpoint.name]
+        if endpoint.method == "GET" and endpoint.answers.get(200) != EVENTS:
+            app.router.add_get(endpoint.path, handler)  # HEAD comes with it
+        else:
+            app.router.add_route(endpoint.method, endpoint.path, handler)
     app.on_response_prepare.append(_sign)
     app.cleanup_ctx.append(uploads.sweep)
     app.on_shutdown.append(lambda _: live.close())

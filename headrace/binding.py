@@ -76,11 +76,11 @@ class Binding:
             return self._pickled(settle(self.function(*args, **kwargs)))
         if self._refused is not None:
             raise self._refused
-        given = {"context": context, "payload": None}
+        given: dict[str, Any] = {"context": context, "payload": None}
         if self._shape.payload is not None:
             given["payload"] = self._payload(type, body, event)
-        args = [given[role] for role in self._shape.by_position]
-        value = settle(self.function(*args, **{key: given[role] for key, role in self._shape.by_name.items()}))
+        by_name = {key: given[role] for key, role in self._shape.by_name.items()}
+        value = settle(self.function(*(given[role] for role in self._shape.by_position), **by_name))
         try:
             return to_payload(value)
         except BadRequest as error:

@@ -75,7 +75,7 @@ def _attach(out: int, err: int) -> None:
 
 
 def _folders(scratch: Path) -> Path:
-    """Make the working directory, emptied after each invocation, and one for temporary files, which modules may keep."""
+    """Make the working directory, emptied after each invocation, and a folder for temporary files, which stay."""
     work, temporary = scratch / "work", scratch / "tmp"
     for folder in (work, temporary):
         folder.mkdir(mode=0o700)

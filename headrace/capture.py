@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import BinaryIO, cast
 
 HELD_BYTES_MAX = 8 * 1024
 _LINE_BUFFERED = 1  # _IOLBF of glibc and musl
@@ -78,9 +79,7 @@ class Capture:
 
     def _open(self) -> None:
         self._raw = (_Stream("stdout", 1, self._say), _Stream("stderr", 2, self._say))
-        self._out, self._err = (
-            io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True) for raw in self._raw
-        )
+        self._out, self._err = map(_text, self._raw)
 
     def begin(self) -> None:
         """Put the streams in place; an earlier invocation may have closed or replaced them."""
@@ -100,3 +99,7 @@ class Capture:
         """Pass on all that was printed, C buffers included, so that none of it is taken for the next invocation's."""
         self.flush()
         self._libc.fflush(None)
+
+
+def _text(raw: _Stream) -> io.TextIOWrapper:
+    return io.TextIOWrapper(cast(BinaryIO, raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)

@@ -20,7 +20,7 @@ READ_BYTES = 64 * 1024
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToChild)
 
 
-class HungUp(Exception):  # noqa: N818 - it ends the child in an orderly way, like StopIteration
+class HungUp(Exception):
     """The worker closed the line; there is nobody left to work for."""
 
 

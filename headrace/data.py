@@ -169,7 +169,7 @@ def _typed_reader(hint: Any, raw: Any, *, text: bool) -> Read:
 
 
 def _items_reader(hint: Any, decoder: msgspec.json.Decoder[Any]) -> Callable[[bytes], Any]:
-    """Read the results of a map. In the usual case all are JSON, and one pass over them names the member that is wrong."""
+    """Read the results of a map. All are JSON as a rule, and one pass names the member that is wrong."""
     element = next(_elements(hint), None)
     each: Read | None = None
     in_one = element is not None and not any(kind in _BYTES for kind in _members(element))
@@ -190,8 +190,8 @@ def _items_reader(hint: Any, decoder: msgspec.json.Decoder[Any]) -> Callable[[by
                 values.append(each(kind, item))
             except Mismatch as error:
                 raise Mismatch(f"{error} - in member {index}", error.hint) from error
-        made = next(kind for kind in _LISTS if kind in _containers(hint))
-        return made(values) if made in (tuple, set, frozenset) else values
+        made = next((kind for kind in (tuple, set, frozenset) if kind in _containers(hint)), list)
+        return made(values)
 
     return read
 

@@ -192,13 +192,13 @@ class Runner:
             return encode(self._raised(error, reply.started_at, leave=leave))
         most = self._limits.result_bytes_max
         if isinstance(reply, Returned) and len(frame) > most + ENVELOPE_BYTES_MAX:
-            error = UserError(
+            refused = UserError(
                 f"{function} returned {size_text(len(frame))} (result, answer and effects together); "
                 f"the limit is {size_text(most)}",
                 hint="Keep large data with ctx.store(...) and return the URI.",
                 transient=False,
             )
-            return encode(self._raised(error, reply.started_at, leave=leave))
+            return encode(self._raised(refused, reply.started_at, leave=leave))
         return frame
 
     def _attempt(self, invoke: Invoke, started_at: float) -> Returned:

@@ -153,7 +153,7 @@ def test_windows_without_any_signal_raise_no_flag(tmp_path: Path) -> None:
 def test_only_a_wave_that_travels_the_right_way_is_the_tearing_mode(
     tmp_path: Path, direction: int, *, flagged: bool
 ) -> None:
-    event, known = shot(900001)
+    _, known = shot(900001)
     y = np.arange(32)[:, None] * known["coarse_spacing_m"]
     t = np.arange(32)[None, :] / known["coarse_sample_rate_hz"]
     wave = np.cos(2 * np.pi * (direction * known["tearing"]["k_per_m"] * y - known["tearing"]["f_hz"] * t))
@@ -269,8 +269,9 @@ def lattice_spots(a: list[float], b: list[float], c: list[float]) -> np.ndarray[
     index = np.stack(np.meshgrid(*[np.arange(-30, 31)] * 3, indexing="ij")).reshape(3, -1).T
     q: np.ndarray[Any, Any] = index[np.any(index != 0, axis=1)] @ reciprocal
     length = np.linalg.norm(q, axis=1)
-    near = np.abs(np.linalg.norm(q + [0, 0, 1], axis=1) - 1) < 0.0008
-    return q[near & (length < 1 / 3)]
+    near = np.abs(np.linalg.norm(q + np.array([0, 0, 1]), axis=1) - 1) < 0.0008
+    chosen: np.ndarray[Any, Any] = q[near & (length < 1 / 3)]
+    return chosen
 
 
 def test_indexing_finds_two_axes_of_an_oblique_cell() -> None:
@@ -507,6 +508,7 @@ def test_the_area_of_a_cap_goes_from_a_small_disc_to_the_whole_sky() -> None:
 
 
 def test_altitudes_agree_with_a_full_ephemeris() -> None:
+    """The two altitudes are those of astropy 8.0, without refraction."""
     at = datetime(2024, 5, 8, 7, 38, 1, tzinfo=UTC)
     days = np.array([at.timestamp() / 86400 + 2440587.5 - 2451545.0])
     place = pointing.SITES["Cerro Paranal"]

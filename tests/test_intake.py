@@ -28,7 +28,7 @@ async def take(intake: Intake) -> Delivery:
 
 async def until_held(intake: Intake, count: int) -> None:
     async with asyncio.timeout(15):
-        while intake.held < count:  # noqa: ASYNC110 - what is waited for is deliveries, not a task of ours
+        while intake.held < count:
             await asyncio.sleep(0.005)
 
 

@@ -12,7 +12,6 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 import structlog
@@ -115,7 +114,8 @@ class Child:
         self._timer = timer
         self._send(invoke)
         try:
-            return await ended
+            reply: Returned = await ended
+            return reply
         except asyncio.CancelledError:
             self._ended = self._output = None
             self.stop()
@@ -247,7 +247,8 @@ class Child:
             if size > self._frame_bytes_max:
                 self._refuse(
                     UserError(
-                        f"{self._function} sent {size_text(size)}; the limit is {size_text(self._limits.result_bytes_max)}",
+                        f"{self._function} sent {size_text(size)}, more than a result may have: "
+                        f"{size_text(self._limits.result_bytes_max)}",
                         hint="Keep large data with ctx.store(...) and return the URI.",
                         transient=False,
                     )

@@ -7,7 +7,7 @@ import re
 import signal
 from contextlib import suppress
 
-from headrace.failures import TRACEBACK_CHARS_MAX, is_ours, is_loop, shorten
+from headrace.failures import TRACEBACK_CHARS_MAX, is_loop, is_ours, shorten
 
 WORDS_BYTES_MAX = 64 * 1024
 

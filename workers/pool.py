@@ -287,7 +287,7 @@ class Pool:
                 await self._start_zygote()
                 break
             except HeadraceError as error:
-                _log.error("zygote did not start", error=str(error))  # noqa: TRY400 - told in full by its own stderr
+                _log.error("zygote did not start", error=str(error))
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, BACKOFF_MAX_S)
         self._restarting = None

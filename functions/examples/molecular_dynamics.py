@@ -173,10 +173,9 @@ def temperature(kinetic: float, n: int) -> float:
 
 
 def state(potential: float, virial: float, momenta: Array, volume: float) -> tuple[float, float, float]:
-    """Return potential, kinetic energy and pressure: P = (n T + W / 3) / V with the virial W = sum of r.f."""
+    """Return potential, kinetic energy and pressure: P = (2 K + W) / 3 V with the virial W = sum of r.f."""
     kinetic = 0.5 * float((momenta**2).sum())
-    n = momenta.shape[1]
-    return potential, kinetic, (n * temperature(kinetic, n) + virial / 3) / volume
+    return potential, kinetic, (2 * kinetic + virial) / (3 * volume)
 
 
 def tail_energy(n: int, density: float, cutoff: float) -> float:

@@ -1,0 +1,237 @@
+"""Gateway, worker and ledger, wired: each opens what it needs, serves until SIGTERM, and closes it in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+import structlog
+import uvloop
+from aiohttp import web
+from nats.js.errors import NotFoundError
+from redis.asyncio import Redis
+
+from gateway import app as front_door
+from gateway.limits import GatewayLimits
+from gateway.server import Runner
+from headrace.errors import Unavailable
+from infra import rights, telemetry
+from infra.readiness import say_ready
+from infra.settings import Settings
+from streams import topology
+from streams.blobs import FolderBlobs
+from streams.follow import follow
+from streams.ledger import Reader, Writer
+from streams.link import Link, open_link
+from streams.log import Log
+from streams.tables import Tables, open_tables
+from workers.pool import Pool
+from workers.worker import Tools, Worker
+
+_log = structlog.get_logger(__name__)
+
+BACKLOG = 1024
+REDIS_ANSWER_S = 5.0
+REDIS_CONNECT_S = 2.0
+OPEN_S = 30.0
+
+
+def release() -> str:
+    """Return the version of the platform."""
+    return version("headrace")
+
+
+# ---------------------------------------------------------------- what they are made of
+
+
+@asynccontextmanager
+async def _link(settings: Settings, role: str) -> AsyncIterator[Link]:
+    link = await open_link(
+        settings.nats_url,
+        user=settings.nats_user or (role if settings.nats_password_file else ""),
+        password=settings.nats_password(),
+        name=f"{role}-{os.getpid()}",
+    )
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+@asynccontextmanager
+async def _log_on(link: Link) -> AsyncIterator[Log]:
+    log = Log(link)
+    await log.start()
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+@asynccontextmanager
+async def _tables_on(link: Link) -> AsyncIterator[Tables]:
+    try:
+        tables = await open_tables(link)
+    except NotFoundError as error:
+        raise Unavailable(
+            "the log is not set up: its tables are missing", hint="Run `headrace setup` once, as the user admin."
+        ) from error
+    try:
+        yield tables
+    finally:
+        await tables.close()
+
+
+@asynccontextmanager
+async def _redis(settings: Settings) -> AsyncIterator[Redis]:
+    client = Redis.from_url(
+        settings.redis_url,
+        password=settings.redis_password(),
+        socket_timeout=REDIS_ANSWER_S,
+        socket_connect_timeout=REDIS_CONNECT_S,
+    )
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+def limits(settings: Settings) -> topology.Limits:
+    """Return the limits of the log."""
+    return topology.Limits(keep_s=settings.log_keep_s, bytes_max=settings.log_bytes_max)
+
+
+async def setup(settings: Settings) -> None:
+    """Make the stream, its lanes and the tables, or bring them to these settings. Safe to repeat.
+
+    Raises:
+        Unavailable: the log's server does not answer, or does not let this user do so.
+    """
+    try:
+        async with asyncio.timeout(OPEN_S), _link(settings, rights.ADMIN) as link:
+            await topology.ensure(link, limits(settings), settings.log_replicas)
+    except TimeoutError as error:
+        raise Unavailable(
+            f"the log's server does not do as asked within {OPEN_S:g} s",
+            hint="Check HEADRACE_NATS_URL, and that HEADRACE_NATS_USER may make streams (the user admin may).",
+        ) from error
+
+
+# ---------------------------------------------------------------- the three processes
+
+
+async def gateway(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve the front door until ``stop`` is set; then finish what was begun."""
+    async with AsyncExitStack() as stack:
+        link = await stack.enter_async_context(_link(settings, rights.GATEWAY))
+        log = await stack.enter_async_context(_log_on(link))
+        app = front_door.build(
+            log=log,
+            follow=functools.partial(follow, log),
+            tables=await stack.enter_async_context(_tables_on(link)),
+            blobs=FolderBlobs(settings.blobs_path()),
+            reader=Reader(await stack.enter_async_context(_redis(settings))),
+            token=settings.token(),
+            version=release(),
+            limits=GatewayLimits(disk_bytes_min=settings.disk_bytes_min),
+        )
+        runner = Runner(app, shutdown_timeout=settings.drain_s)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await _site(runner, settings).start()
+        say_ready(settings)
+        await stop.wait()
+        app[front_door.DRAINING].begin()
+
+
+def _site(runner: web.AppRunner, settings: Settings) -> web.BaseSite:
+    if settings.listen_fd is not None:
+        return web.SockSite(runner, socket.socket(fileno=settings.listen_fd), backlog=BACKLOG)
+    return web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+
+
+async def worker(settings: Settings, stop: asyncio.Event) -> None:
+    """Take, run and commit invocations until ``stop`` is set; then finish what runs and hand back the rest."""
+    slots = settings.worker_slots or os.cpu_count() or 1
+    async with AsyncExitStack() as stack:
+        link = await stack.enter_async_context(_link(settings, rights.WORKER))
+        log = await stack.enter_async_context(_log_on(link))
+        tables = await stack.enter_async_context(_tables_on(link))
+        pool = Pool(slots)
+        await pool.start()
+        stack.push_async_callback(pool.close)
+        tools = Tools(
+            name=worker_name(),
+            log=log,
+            tables=tables,
+            blobs=FolderBlobs(settings.blobs_path()),
+            pool=pool,
+            slots=slots,
+        )
+        say_ready(settings)
+        await Worker(tools).run(stop, settings.drain_s)
+
+
+def worker_name() -> str:
+    """Return a name for this worker: the host's, as far as names allow, and the id of the process."""
+    host = re.sub("[^A-Za-z0-9_-]", "-", socket.gethostname().split(".", 1)[0])[:48] or "worker"
+    return f"{host}-{os.getpid()}"
+
+
+async def ledger(settings: Settings, stop: asyncio.Event) -> None:
+    """Follow the log into the read model until ``stop`` is set."""
+    async with AsyncExitStack() as stack:
+        link = await stack.enter_async_context(_link(settings, rights.LEDGER))
+        log = await stack.enter_async_context(_log_on(link))
+        redis = await stack.enter_async_context(_redis(settings))
+        writing = asyncio.create_task(Writer(log, redis, runs_max=settings.ledger_runs_max).run(), name="ledger")
+        stopping = asyncio.create_task(stop.wait())
+        say_ready(settings)
+        try:
+            await asyncio.wait({writing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            for task in (writing, stopping):
+                task.cancel()
+            await asyncio.gather(writing, stopping, return_exceptions=True)
+
+
+ROLES: Mapping[str, Callable[[Settings, asyncio.Event], Awaitable[None]]] = {
+    rights.GATEWAY: gateway,
+    rights.WORKER: worker,
+    rights.LEDGER: ledger,
+}
+
+
+def run(role: str, settings: Settings) -> None:
+    """Be one server process until SIGTERM or SIGINT."""
+    telemetry.configure(level=settings.log_level, role=role)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(role, settings))
+
+
+async def _serve(role: str, settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    serving = asyncio.ensure_future(ROLES[role](settings, stop))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done():
+        # Told to stop: a server that serves drains by itself; one that still waits for its connections is broken off.
+        done, _ = await asyncio.wait({serving}, timeout=settings.drain_s + OPEN_S)
+        if not done:
+            serving.cancel()
+    stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    await serving
+    _log.info("stopped")
