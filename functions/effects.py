@@ -190,7 +190,7 @@ class _Plan:
                 transient=False,
             )
         around = self.invocation.slot
-        scope = invocation_id(self.invocation.invocation_id, "scope")
+        scope = invocation_id(self.invocation.invocation_id, "scope") if len(starting) > 1 else ""
         for index, (position, effect) in enumerate(starting):
             slot = around
             if len(starting) > 1:

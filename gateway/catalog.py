@@ -15,7 +15,7 @@ from gateway.gate import Gate
 from gateway.needs import Tables
 from gateway.runs import as_json
 from headrace.errors import BadRequest, NotFound
-from headrace.model import Code, FunctionOptions, FunctionView, Route, RouteView
+from headrace.model import Code, FunctionOptions, FunctionView, Route, RouteView, SiteView
 from headrace.names import check_name
 from headrace.wire import FunctionRecord, RouteRecord, decode
 from streams.blobs import Blobs
@@ -46,7 +46,7 @@ class RouteList(Struct, frozen=True, kw_only=True):
 class SiteList(Struct, frozen=True, kw_only=True):
     """All sites that the platform knows; there are none in this release."""
 
-    sites: list[object]
+    sites: list[SiteView]
 
 
 class Catalog:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from aiohttp import web
@@ -47,6 +47,7 @@ SSE_HEADERS = {
 KEEP_ALIVE = b": here\n\n"
 RECONNECT_MS = 1000
 SEND_BUFFER_BYTES = 256 * 1024
+CLOSE_S = 1.0
 
 
 class Live:
@@ -62,6 +63,7 @@ class Live:
         self._tenant = tenant
         self._limits = limits
         self._open: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET /v1/runs/{run_id}/events``: from the beginning, or after ``Last-Event-ID``, to the run's end."""
@@ -85,7 +87,8 @@ class Live:
         return await self._serve(request, self._texts(all_subjects(self._tenant), after), after)
 
     async def close(self) -> None:
-        """End all streams; their clients come back to whoever serves next."""
+        """End all streams in good order; their clients come back to whoever serves next."""
+        self._closing = True
         for task in list(self._open):
             task.cancel()
 
@@ -135,8 +138,13 @@ class Live:
             self._metrics.streams_dropped.inc()
             if request.transport is not None:
                 request.transport.abort()
-        except (ConnectionError, asyncio.CancelledError):
-            raise  # gone, or we are closing: nothing to tell any more
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            task.uncancel()
+            with suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(CLOSE_S):
+                    await response.write_eof()
         except HeadraceError as error:
             _log.warning("a stream of events ends: %s", error)  # headers are sent; the client comes back by itself
         finally:

@@ -11,7 +11,7 @@ from gateway.ingest import EventsAccepted
 from gateway.spool import Kept
 from gateway.status import Readiness
 from gateway.uploads import Upload, UploadBody
-from headrace.model import FunctionView, Route, RouteView, RunPage, RunRef, RunState, RunView
+from headrace.model import FunctionView, Route, RouteView, RunPage, RunRef, RunState, RunView, SiteView
 
 Where = Literal["query", "header"]
 Limit = Annotated[int, Meta(ge=1, le=1000)]
@@ -182,7 +182,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     ),
     Endpoint("DELETE", "/v1/routes/{name}", "delete_route", "Remove a route; its runs go on.", {204: None}),
     Endpoint("GET", "/v1/sites", "list_sites", "All sites.", {200: SiteList}),
-    Endpoint("GET", "/v1/sites/{name}", "get_site", "One site.", {200: JSON}),
+    Endpoint("GET", "/v1/sites/{name}", "get_site", "One site.", {200: SiteView}),
     Endpoint("GET", "/livez", "live", "200 while the process turns.", {200: JSON}, open=True),
     Endpoint("GET", "/readyz", "ready", "200 while triggers are taken.", {200: Readiness, 503: Readiness}, open=True),
     Endpoint("GET", "/metrics", "metrics", "What this gateway counts.", {200: METRICS}, open=True),

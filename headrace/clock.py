@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from headrace.errors import BadRequest
 
@@ -16,6 +17,7 @@ _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _RFC3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2})")
 
 
+@lru_cache(maxsize=1024)
 def parse_duration(text: str, what: str = "duration") -> float:
     """Return the seconds of "500ms", "60s", "1.5m", "2h" or "1d".
 

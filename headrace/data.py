@@ -33,7 +33,7 @@ class Mismatch(ValueError):
         self.hint = hint
 
 
-class Unusable(TypeError):
+class Unusable(Exception):
     """Nothing that arrives as bytes can ever become a value of this type."""
 
 

@@ -101,8 +101,8 @@ class PlatformUnreachable(HeadraceError):
 class RunFailed(HeadraceError):
     """The run ended without an answer.
 
-    ``kind`` says whose fault it is, ``reason`` what was said of it, as in "ValueError: no peak"; ``traceback`` holds the
-    user's frames only.
+    ``kind`` says whose fault it is, ``reason`` what was said of it, such as "ValueError: no peak"; ``traceback`` holds
+    the user's frames only.
     """
 
     title = "The run failed"

@@ -140,7 +140,7 @@ class Executor(FuturesExecutor):
 
     def _forget(self, future: Future[Any]) -> None:
         with self._lock:
-            self._open.discard(future)  # type: ignore[arg-type] # it is one of ours
+            self._open.discard(future)
 
     def _canceled(self, future: RunFuture) -> None:
         if future.run_id is not None:

@@ -114,10 +114,12 @@ async def answer_now(http: Transport, run_id: str) -> Payload | None:
 
 async def answer(http: Transport, run_id: str, timeout: float | None = None) -> Payload:
     """Wait for the answer of a run; raises what ``answer_now`` raises, and TimeoutError."""
+    found = await answer_now(http, run_id)  # one look at least, however short the time
+    if found is not None:
+        return found
     try:
         async with asyncio.timeout(timeout):
-            found = await answer_now(http, run_id)
-            return found if found is not None else await _answer_after_news(http, run_id)
+            return await _answer_after_news(http, run_id)
     except TimeoutError as error:
         raise TimeoutError(f"the run {run_id} has no answer after {timeout:g} s; it goes on") from error
 

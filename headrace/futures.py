@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
-from functools import lru_cache
 from typing import Any, Protocol
 
 import cloudpickle
@@ -201,14 +200,6 @@ def _opened(answer: Payload) -> Any:
 # ---------------------------------------------------------------- errors
 
 
-@lru_cache(maxsize=256)
-def _both(failed: type[RunFailed], built_in: type[Exception]) -> type[RunFailed]:
-    """Return a class that is both, and says what the first says."""
-    return type(
-        built_in.__name__, (failed, built_in), {"__str__": lambda self: str(self.args[0]), "__module__": __name__}
-    )
-
-
 def _as_built_in(error: RunFailed) -> RunFailed:
     """Return the error as one that is of the built-in type too which the function raised, if it raised such a one."""
     name = re.match(r"[A-Za-z]+(?=: |$)", error.reason)
@@ -216,7 +207,8 @@ def _as_built_in(error: RunFailed) -> RunFailed:
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return error
     try:
-        made = _both(type(error), found)(
+        both = type(found.__name__, (type(error), found), {"__str__": _first, "__module__": __name__})
+        made: RunFailed = both(
             str(error),
             hint=error.hint,
             kind=error.kind,
@@ -229,3 +221,8 @@ def _as_built_in(error: RunFailed) -> RunFailed:
     for note in getattr(error, "__notes__", []):
         made.add_note(note)
     return made
+
+
+def _first(error: BaseException) -> str:
+    """Return the message; a KeyError by itself would put it in quotes."""
+    return str(error.args[0])

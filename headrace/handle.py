@@ -33,7 +33,10 @@ class Platform(Protocol):
 
 
 class AsyncRun:
-    """One run on the platform. ``run_id`` names it everywhere; ``duplicate`` says that it was there already."""
+    """One run on the platform. ``run_id`` names it everywhere; ``duplicate`` says that it was there already.
+
+    ``ref`` is the promise given when this call had it accepted; ``seen`` is the run as it was last looked at.
+    """
 
     def __init__(
         self, platform: Platform, run_id: str, *, ref: RunRef | None = None, seen: RunView | None = None
@@ -46,16 +49,16 @@ class AsyncRun:
         self.duplicate = ref.duplicate if ref else False
         self.ref = ref
         self._platform = platform
-        self._seen = seen
+        self.seen = seen
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} on {self.route or '?'}>"
 
     async def view(self) -> RunView:
         """Return the run as it is now. What has ended stays as it is and is not asked for again."""
-        if self._seen is None or self._seen.state not in FINAL:
-            self._seen = await self._platform.view(self.run_id)
-        return self._seen
+        if self.seen is None or self.seen.state not in FINAL:
+            self.seen = await self._platform.view(self.run_id)
+        return self.seen
 
     async def state(self) -> RunState:
         """Return the state: accepted, running, succeeded, failed or canceled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,11 @@ class Run:
         return self._inner.ref
 
     @property
+    def seen(self) -> RunView | None:
+        """The run as it was last looked at, without asking the platform."""
+        return self._inner.seen
+
+    @property
     def state(self) -> RunState:
         """The state as it is now: accepted, running, succeeded, failed or canceled. Asks the platform."""
         return self._loop.call(self._inner.state)
@@ -96,7 +101,7 @@ class Run:
         """Wait until the run has ended, however that may be, and return it as it is then."""
         return self._loop.call(self._inner.ended)
 
-    def follow(self, after: int | None = None) -> Iterator[StreamEvent]:
+    def follow(self, after: int | None = None) -> Generator[StreamEvent, None, None]:
         """Yield what happens in the run, from its acceptance to its end, across lost connections without a gap."""
         return _drawn(self._loop, self._inner.follow(after))
 
@@ -289,7 +294,7 @@ class Client:
         """
         self._loop.call(self._inner.cancel, run_id)
 
-    def stream(self, after: int | None = None) -> Iterator[StreamEvent]:
+    def stream(self, after: int | None = None) -> Generator[StreamEvent, None, None]:
         """Yield what happens in all runs, for ever, from now on or after the event with the ``seq`` ``after``."""
         return _drawn(self._loop, self._inner.stream(after))
 
@@ -305,7 +310,7 @@ def _close(inner: AsyncClient, loop: LoopThread) -> None:
     loop.close(inner.close)
 
 
-def _drawn(loop: LoopThread, events: AsyncGenerator[StreamEvent, None]) -> Iterator[StreamEvent]:
+def _drawn(loop: LoopThread, events: AsyncGenerator[StreamEvent, None]) -> Generator[StreamEvent, None, None]:
     """Yield what the loop's thread yields, one by one, as it is asked for."""
 
     async def draw() -> StreamEvent | None:

@@ -19,10 +19,11 @@ takes none. A ``timeout`` is not enforced, and what ``ctx.emit`` publishes is co
 from __future__ import annotations
 
 import hashlib
-import heapq
+import shutil
+import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,97 +31,19 @@ from urllib.parse import unquote, urlsplit
 
 from headrace.binding import Binding
 from headrace.clock import parse_deadline
-from headrace.context import Context, to_payload
-from headrace.errors import BadRequest, NotFound, RunCanceled, RunFailed, UserError
-from headrace.events import TRIGGER_TYPE
-from headrace.failures import told, worth_another_try
+from headrace.context import to_payload
+from headrace.errors import BadRequest, NotFound
 from headrace.filters import takes
-from headrace.handle import value_of
-from headrace.model import ErrorInfo, Event, FunctionOptions, InvocationState, Route, RunState
-from headrace.names import invocation_id, run_id
+from headrace.media import is_json
+from headrace.model import Event, Route
+from headrace.names import run_id
 from headrace.sdk import declaration, function_name
-from headrace.wire import ITEMS, JSON, NOTHING, Call, Effect, Emit, EventMeta, Map, Payload, Slot, encode
+from headrace.virtual import BEGIN, Step, Trace, VirtualRun
+from headrace.wire import NOTHING, EventMeta, Payload
 
-STEPS_MAX = 100_000
-_BEGIN = 1_767_225_600.0  # 2026-01-01: when every virtual run is accepted
-_FIRST_RETRY_S = 0.2
+__all__ = ["Bench", "Step", "Trace", "fire"]
+
 _TENANT = "test"
-
-
-@dataclass
-class Step:
-    """One invocation: what it got, what it did, and how it ended. ``at_s`` is the virtual time since acceptance."""
-
-    invocation_id: str
-    parent_id: str | None
-    function: str
-    payload: Any
-    at_s: float
-    state: InvocationState = "queued"
-    attempts: int = 0
-    result: Any = None
-    error: ErrorInfo | None = None
-    exception: BaseException | None = None
-    effects: list[Effect] = field(default_factory=list)
-    log: list[tuple[str, str]] = field(default_factory=list)
-    progress: list[tuple[float, str]] = field(default_factory=list)
-
-
-@dataclass
-class Trace:
-    """All that came of one event: its steps in the order they ran, its answer, and what it published and stored."""
-
-    run_id: str
-    function: str
-    event: Event
-    deadline: float | None
-    state: RunState = "accepted"
-    answer: Any = None
-    error: ErrorInfo | None = None
-    ended_s: float = 0.0
-    steps: list[Step] = field(default_factory=list)
-    emitted: list[Event] = field(default_factory=list)
-    stored: dict[str, Path] = field(default_factory=dict)
-
-    def step(self, function: str | Callable[..., Any]) -> Step:
-        """Return the one step of this function.
-
-        Raises:
-            NotFound: it did not run, or ran more than once.
-        """
-        found = self.steps_of(function)
-        if len(found) != 1:
-            ran = ", ".join(step.function for step in self.steps)
-            raise NotFound(f"{function_name(function)} ran {len(found)} times, not once", hint=f"What ran: {ran}.")
-        return found[0]
-
-    def steps_of(self, function: str | Callable[..., Any]) -> list[Step]:
-        """Return all steps of this function."""
-        return [step for step in self.steps if step.function == function_name(function)]
-
-    @property
-    def log(self) -> list[tuple[str, str]]:
-        """All lines that were logged with ``ctx.log``, as (level, text)."""
-        return [line for step in self.steps for line in step.log]
-
-    def result(self) -> Any:
-        """Return the answer.
-
-        Raises:
-            RunFailed: there is none; its cause is what the function raised.
-        """
-        if self.state == "succeeded":
-            return self.answer
-        error = self.error or ErrorInfo(kind="user", message="it failed")
-        kind = RunCanceled if self.state == "canceled" else RunFailed
-        cause = next((step.exception for step in self.steps if step.exception is not None), None)
-        raise kind(
-            f"the run of {self.function} {'was canceled' if self.state == 'canceled' else 'failed'}: {error.message}",
-            kind=error.kind,
-            reason=error.message,
-            traceback=error.traceback,
-            run_id=self.run_id,
-        ) from cause
 
 
 class Bench:
@@ -135,15 +58,14 @@ class Bench:
         self, *functions: Callable[..., Any] | ModuleType, files: Mapping[str, str | Path] | None = None
     ) -> None:
         self._functions: dict[str, Binding] = {}
+        self._triggers = 0
         self._files = {uri: Path(path) for uri, path in (files or {}).items()}
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-bench-", ignore_cleanup_errors=True)
+        self._folder: Path | None = None
         for each in functions:
             for fn in _declared_in(each) if isinstance(each, ModuleType) else [each]:
                 self._functions[function_name(fn)] = Binding(fn, function_name(fn))
 
-    def fire(
-        self, function: str | Callable[..., Any], data: Any = None, *, deadline: str | None = None
-    ) -> Trace:
+    def fire(self, function: str | Callable[..., Any], data: Any = None, *, deadline: str | None = None) -> Trace:
         """Start a run of a function with this data, or with an ``Event``, and return what came of it.
 
         Args:
@@ -156,7 +78,7 @@ class Bench:
         """
         name = function_name(function)
         route = next((r for _, r in self._routes() if r.function == name), Route(function=name))
-        event = data if isinstance(data, Event) else _triggered(name, data)
+        event = data if isinstance(data, Event) else self._triggered(name, data)
         return self._fire(name, event, name, route, deadline)
 
     def publish(self, event: Event) -> list[Trace]:
@@ -189,7 +111,10 @@ class Bench:
         """Keep the bytes for as long as the bench is there, and return their URI."""
         body = content if isinstance(content, bytes) else content.read_bytes()
         uri = f"blob:{hashlib.sha256(body).hexdigest()}"
-        self._files[uri] = Path(self._folder.name) / uri.removeprefix("blob:")
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._files[uri] = self._folder / uri.removeprefix("blob:")
         self._files[uri].write_bytes(body)
         return uri
 
@@ -204,13 +129,46 @@ class Bench:
             run_id=run_id(_TENANT, event.source, event.id, route_name),
             function=name,
             event=event,
-            deadline=None if due is None else parse_deadline(due, _BEGIN),
+            deadline=None if due is None else parse_deadline(due, BEGIN),
         )
-        _Run(self, trace, cancel_late=route.on_late == "cancel").run(self.binding(name))
+        self.binding(name)
+        meta = EventMeta(
+            id=event.id,
+            source=event.source,
+            type=event.type,
+            subject=event.subject,
+            time=event.time,
+            dataschema=event.dataschema,
+            extensions=event.extensions,
+        )
+        VirtualRun(self, trace, cancel_late=route.on_late == "cancel").run(name, meta, _payload_of(event))
         return trace
+
+    def _triggered(self, name: str, data: Any) -> Event:
+        """Return the event that a trigger by the route's name makes."""
+        self._triggers += 1
+        return Event(
+            id=f"trigger-{self._triggers}", source=f"/v1/triggers/{name}", type="org.headrace.trigger", data=data
+        )
 
 
 def fire(function: Callable[..., Any], data: Any = None, *, deadline: str | None = None) -> Trace:
-    """Start a run of a function whose follow-ups are declared in the same module; see ``Bench.fire``."""
-    module = __import__("sys").modules.get(function.__module__)
+    """Start a run of a function whose follow-ups are declared in its own module; see ``Bench.fire``."""
+    module = sys.modules.get(function.__module__)
     return Bench(*([module] if module else []), function).fire(function, data, deadline=deadline)
+
+
+def _declared_in(module: ModuleType) -> list[Callable[..., Any]]:
+    """Return the declared functions that a module names."""
+    return [value for value in vars(module).values() if callable(value) and declaration(value) is not None]
+
+
+def _payload_of(event: Event) -> Payload:
+    """Return the data of an event as the gateway would pass it on."""
+    kind, data = event.datacontenttype, event.data
+    if data is None:
+        return NOTHING
+    if isinstance(data, str) and kind is not None and not is_json(kind):
+        return Payload(type=kind, body=data.encode())
+    payload = to_payload(data)
+    return payload if kind is None or is_json(payload.type) else Payload(type=kind, body=payload.body)

@@ -8,18 +8,19 @@ clients simply connect again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import json
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from headrace.errors import HeadraceError
 from infra.credentials import new_secret, private_folder, write_private
 from infra.logfile import LogFile
+from infra.probe import ask, http_get
 from infra.process import Child, NotStarted
 from infra.rights import ACCOUNT, RIGHTS, SYSTEM, accounts
 from infra.settings import GIB, MIB
@@ -38,7 +39,6 @@ BATCHES_MAX = 4000
 BATCH_MESSAGES_MAX = 1000
 BATCH_TIMEOUT = "5s"
 PORT_TRIES = 3
-PROBE_S = 1.0
 STAGING_LOOK_S = 1.0
 
 
@@ -87,27 +87,11 @@ def free_port() -> int:
         return port
 
 
-async def _ask(port: int, request: bytes, until: bytes | None) -> bytes:
-    """Send bytes to a loopback port and return the answer up to ``until`` (None: to its end); nothing if none comes."""
-    with contextlib.suppress(OSError, EOFError, asyncio.LimitOverrunError, TimeoutError):
-        async with asyncio.timeout(PROBE_S):
-            reader, writer = await asyncio.open_connection(LOOPBACK, port)
-            try:
-                writer.write(request)
-                return await (reader.read() if until is None else reader.readuntil(until))
-            finally:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
-    return b""
-
-
 async def monitor(url: str, page: str) -> dict[str, Any]:
     """Return a page of a nats-server's monitoring address; empty if it does not answer."""
     host, _, port = url.removeprefix("http://").rpartition(":")
-    request = f"GET {page} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode()
-    head, _, body = (await _ask(int(port), request, None)).partition(b"\r\n\r\n")
-    found: dict[str, Any] = json.loads(body) if b" 200 " in head.split(b"\r\n", 1)[0] else {}
+    status, body = await http_get(host, int(port), page)
+    found: dict[str, Any] = json.loads(body) if status == 200 else {}
     return found
 
 
@@ -117,7 +101,14 @@ class NatsServer:
     Everything it needs lies under the data folder: ``nats`` (the store), ``run`` (configuration, passwords), ``logs``.
     """
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *, keep_fds: Sequence[int] = ()) -> None:
+        """Describe the server; nothing is started yet.
+
+        Args:
+            data: the data folder.
+            keep_fds: descriptors that it holds open, such as the lock on the data folder.
+        """
+        self._keep_fds = tuple(keep_fds)
         self.data = data.absolute()
         self.store = self.data / "nats"
         self.run = self.data / "run"
@@ -180,6 +171,7 @@ class NatsServer:
                 log=LogFile(self.data / "logs" / "nats.log"),
                 ready=self._answers,
                 on_ready=self._after_start,
+                keep_fds=self._keep_fds,
                 folder=self.run,
             )
             try:
@@ -220,8 +212,7 @@ class NatsServer:
                 await self.stage_in_memory()
 
     async def _answers(self) -> bool:
-        request = f"GET /healthz HTTP/1.0\r\nHost: {LOOPBACK}\r\n\r\n".encode()
-        return b" 200 " in await _ask(self.monitor_port, request, b"\r\n")
+        return (await http_get(LOOPBACK, self.monitor_port, "/healthz"))[0] == 200
 
     def _config(self) -> dict[str, Any]:
         # The server's own format takes JSON as it is, so no name or path has to be quoted by hand.
@@ -323,7 +314,8 @@ class RedisServer:
             await self._child.stop()
 
     async def _answers(self) -> bool:
-        return b"+PONG" in await _ask(self.port, f"AUTH {self._password}\r\nPING\r\n".encode(), b"PONG\r\n")
+        request = f"AUTH {self._password}\r\nPING\r\n".encode()
+        return b"+PONG" in await ask(LOOPBACK, self.port, request, b"PONG\r\n")
 
     def _config(self) -> str:
         # It runs in its own folder and writes no file, so no path stands here.

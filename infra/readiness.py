@@ -9,7 +9,7 @@ from infra.settings import Settings
 
 
 class ReadyPipe:
-    """The pipe of one child, for all its restarts. Each process says its own id, so an old word is not taken for new."""
+    """The pipe of one child, for all its restarts. Each process says its id, so an old word is not taken for new."""
 
     def __init__(self) -> None:
         self._read, self.fd = os.pipe2(os.O_CLOEXEC)
@@ -34,3 +34,4 @@ def say_ready(settings: Settings) -> None:
     if settings.ready_fd is not None:
         with contextlib.suppress(OSError):  # a supervisor that is gone takes us with it
             os.write(settings.ready_fd, b"%d\n" % os.getpid())
+            os.close(settings.ready_fd)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from streams.topology import BUCKETS, LIVE, STREAM
+from streams.topology import BUCKETS, STREAM
 
 ACCOUNT = "HEADRACE"
 ADMIN = "admin"
@@ -57,7 +57,7 @@ RIGHTS: dict[str, Rights] = {
     ADMIN: Rights(publish=(">",), subscribe=(">",)),
     GATEWAY: Rights(
         publish=(*_READ_LOG, *_READ_TABLES, *_WRITE_TABLES, "hr.work.>", "hr.cancel.*", "hr.end.*"),
-        subscribe=(LIVE + "hr.>",),
+        subscribe=("hr.done.>", "hr.end.*", "hr.cancel.*"),
     ),
     WORKER: Rights(
         publish=(
@@ -75,9 +75,8 @@ RIGHTS: dict[str, Rights] = {
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",
         ),
-        subscribe=(LIVE + "hr.>",),
     ),
-    LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES), subscribe=(LIVE + "hr.>",)),
+    LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES)),
 }
 
 

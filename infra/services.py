@@ -1,8 +1,13 @@
-"""Gateway, worker and ledger, wired: each opens what it needs, serves until SIGTERM, and closes it in turn."""
+"""Gateway, worker and ledger, wired: each opens what it needs, serves until SIGTERM, and closes it in turn.
+
+Each imports what it is made of when it is started, and nothing of the others: the three start at the same time on a
+machine that may have two cores, and what a process has not imported cannot be reached in it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import re
@@ -11,36 +16,33 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import structlog
-import uvloop
-from aiohttp import web
 from nats.js.errors import NotFoundError
-from redis.asyncio import Redis
 
-from gateway import app as front_door
-from gateway.limits import GatewayLimits
-from gateway.server import Runner
 from headrace.errors import Unavailable
 from infra import rights, telemetry
 from infra.readiness import say_ready
 from infra.settings import Settings
 from streams import topology
 from streams.blobs import FolderBlobs
-from streams.follow import follow
-from streams.ledger import Reader, Writer
 from streams.link import Link, open_link
 from streams.log import Log
 from streams.tables import Tables, open_tables
-from workers.pool import Pool
-from workers.worker import Tools, Worker
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 _log = structlog.get_logger(__name__)
 
 BACKLOG = 1024
 REDIS_ANSWER_S = 5.0
 REDIS_CONNECT_S = 2.0
-OPEN_S = 30.0
+SETUP_S = 30.0
+CLOSE_S = 5.0
+
+Ready = Callable[[], None]
 
 
 def release() -> str:
@@ -91,6 +93,8 @@ async def _tables_on(link: Link) -> AsyncIterator[Tables]:
 
 @asynccontextmanager
 async def _redis(settings: Settings) -> AsyncIterator[Redis]:
+    from redis.asyncio import Redis
+
     client = Redis.from_url(
         settings.redis_url,
         password=settings.redis_password(),
@@ -115,11 +119,11 @@ async def setup(settings: Settings) -> None:
         Unavailable: the log's server does not answer, or does not let this user do so.
     """
     try:
-        async with asyncio.timeout(OPEN_S), _link(settings, rights.ADMIN) as link:
+        async with asyncio.timeout(SETUP_S), _link(settings, rights.ADMIN) as link:
             await topology.ensure(link, limits(settings), settings.log_replicas)
     except TimeoutError as error:
         raise Unavailable(
-            f"the log's server does not do as asked within {OPEN_S:g} s",
+            f"the log's server does not do as asked within {SETUP_S:g} s",
             hint="Check HEADRACE_NATS_URL, and that HEADRACE_NATS_USER may make streams (the user admin may).",
         ) from error
 
@@ -127,8 +131,16 @@ async def setup(settings: Settings) -> None:
 # ---------------------------------------------------------------- the three processes
 
 
-async def gateway(settings: Settings, stop: asyncio.Event) -> None:
+async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Serve the front door until ``stop`` is set; then finish what was begun."""
+    from aiohttp import web
+
+    from gateway import app as front_door
+    from gateway.limits import GatewayLimits
+    from gateway.server import Runner
+    from streams.follow import follow
+    from streams.ledger import Reader
+
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.GATEWAY))
         log = await stack.enter_async_context(_log_on(link))
@@ -145,26 +157,34 @@ async def gateway(settings: Settings, stop: asyncio.Event) -> None:
         runner = Runner(app, shutdown_timeout=settings.drain_s)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await _site(runner, settings).start()
-        say_ready(settings)
+        if settings.listen_fd is None:
+            await web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG).start()
+        else:
+            listening = socket.socket(fileno=settings.listen_fd)
+            listening.set_inheritable(False)
+            await web.SockSite(runner, listening, backlog=BACKLOG).start()
+        ready()
         await stop.wait()
         app[front_door.DRAINING].begin()
 
 
-def _site(runner: web.AppRunner, settings: Settings) -> web.BaseSite:
-    if settings.listen_fd is not None:
-        return web.SockSite(runner, socket.socket(fileno=settings.listen_fd), backlog=BACKLOG)
-    return web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
-
-
-async def worker(settings: Settings, stop: asyncio.Event) -> None:
+async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Take, run and commit invocations until ``stop`` is set; then finish what runs and hand back the rest."""
+    from headrace.wire import ChildLimits
+    from workers.pool import Pool
+    from workers.worker import Tools, Worker
+
     slots = settings.worker_slots or os.cpu_count() or 1
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.WORKER))
         log = await stack.enter_async_context(_log_on(link))
         tables = await stack.enter_async_context(_tables_on(link))
-        pool = Pool(slots)
+        pool = Pool(
+            slots,
+            limits=ChildLimits(memory_bytes_max=settings.child_bytes_max, result_bytes_max=settings.result_bytes_max),
+            scratch=settings.scratch_path(),
+            preload=[module for module in settings.worker_preload.split(",") if module],
+        )
         await pool.start()
         stack.push_async_callback(pool.close)
         tools = Tools(
@@ -175,7 +195,7 @@ async def worker(settings: Settings, stop: asyncio.Event) -> None:
             pool=pool,
             slots=slots,
         )
-        say_ready(settings)
+        ready()
         await Worker(tools).run(stop, settings.drain_s)
 
 
@@ -185,15 +205,17 @@ def worker_name() -> str:
     return f"{host}-{os.getpid()}"
 
 
-async def ledger(settings: Settings, stop: asyncio.Event) -> None:
+async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Follow the log into the read model until ``stop`` is set."""
+    from streams.ledger import Writer
+
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.LEDGER))
         log = await stack.enter_async_context(_log_on(link))
         redis = await stack.enter_async_context(_redis(settings))
         writing = asyncio.create_task(Writer(log, redis, runs_max=settings.ledger_runs_max).run(), name="ledger")
         stopping = asyncio.create_task(stop.wait())
-        say_ready(settings)
+        ready()
         try:
             await asyncio.wait({writing, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
@@ -204,7 +226,7 @@ async def ledger(settings: Settings, stop: asyncio.Event) -> None:
             await asyncio.gather(writing, stopping, return_exceptions=True)
 
 
-ROLES: Mapping[str, Callable[[Settings, asyncio.Event], Awaitable[None]]] = {
+ROLES: Mapping[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]] = {
     rights.GATEWAY: gateway,
     rights.WORKER: worker,
     rights.LEDGER: ledger,
@@ -212,26 +234,37 @@ ROLES: Mapping[str, Callable[[Settings, asyncio.Event], Awaitable[None]]] = {
 
 
 def run(role: str, settings: Settings) -> None:
-    """Be one server process until SIGTERM or SIGINT."""
+    """Be one server process until SIGTERM or SIGINT.
+
+    Raises:
+        HeadraceError: it cannot serve; the message says why.
+    """
+    import uvloop
+
     telemetry.configure(level=settings.log_level, role=role)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(role, settings))
 
 
 async def _serve(role: str, settings: Settings) -> None:
-    stop = asyncio.Event()
+    stop, ready = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    serving = asyncio.ensure_future(ROLES[role](settings, stop))
+
+    def is_ready() -> None:
+        ready.set()
+        say_ready(settings)
+        _log.info("ready", release=release())
+
+    serving = asyncio.ensure_future(ROLES[role](settings, stop, is_ready))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
-        # Told to stop: a server that serves drains by itself; one that still waits for its connections is broken off.
-        done, _ = await asyncio.wait({serving}, timeout=settings.drain_s + OPEN_S)
-        if not done:
-            serving.cancel()
     stopping.cancel()
-    await asyncio.gather(stopping, return_exceptions=True)
-    await serving
+    if not serving.done():
+        # A server that serves drains by itself; one that still waits for its connections has nothing to drain.
+        await asyncio.wait({serving}, timeout=settings.drain_s + CLOSE_S if ready.is_set() else 0)
+        serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
     _log.info("stopped")

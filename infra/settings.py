@@ -95,6 +95,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=0, le=1024)],
         Meta(description="Functions that one worker runs at a time, each in a process of its own; 0: one per core."),
     ] = 0
+    worker_preload: Annotated[
+        str, Meta(description="Modules, parted by commas, that running functions find imported, where installed.")
+    ] = "numpy"
+    scratch_dir: Annotated[
+        Path | None, Meta(description="Folder in which running functions get folders. Default: DATA_DIR/scratch.")
+    ] = None
     child_bytes_max: Annotated[Bytes, Meta(description="Memory that one running function may take.")] = 2 * GIB
     result_bytes_max: Annotated[Bytes, Meta(description="Size of what a function may return.")] = 16 * MIB
     disk_bytes_min: Annotated[
@@ -122,6 +128,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def blobs_path(self) -> Path:
         """Return the folder of the blobs."""
         return self.blobs_dir or self.data_dir / "blobs"
+
+    def scratch_path(self) -> Path:
+        """Return the folder of the folders of running functions."""
+        return self.scratch_dir or self.data_dir / "scratch"
 
     def nats_password(self) -> str:
         """Read the password of this process on the log's servers; empty where no file is set."""

@@ -9,6 +9,7 @@ by member, so that each caller gets the answer to its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections import deque
@@ -24,7 +25,7 @@ from nats.aio.subscription import Subscription
 
 from headrace.errors import HeadraceError, TooLarge, Unavailable
 from streams.link import Link
-from streams.topology import LIVE, STREAM
+from streams.topology import STREAM
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ UNIT_MESSAGES_MAX = 900
 WAITING_UNITS_MAX = 20_000
 ANSWER_TIMEOUT_S = 2.0
 READ_MANY_MAX = 1000
+HINT_FIRST_LOOK_S = 0.0003
+HINT_LAST_LOOK_S = 5.0
+# After a group of this size more is on its way: waiting for it makes each message cheaper for everybody.
+LINGER_AFTER_MESSAGES = 16
+LINGER_S = 0.004
 
 WRONG_LAST_SEQUENCE = 10071
 STREAM_FULL = 10077
@@ -169,6 +175,7 @@ class Log:
             await asyncio.sleep(0)  # whoever is about to append in this turn of the loop joins the group
             while self._queue:
                 group = self._take_group()
+                crowded = len(group) >= LINGER_AFTER_MESSAGES
                 try:
                     await self._commit(group)
                 except asyncio.CancelledError:
@@ -179,6 +186,8 @@ class Log:
                     for unit in group:
                         if not unit.done.done():
                             unit.done.set_exception(Unavailable(f"the log failed: {error}", hint="Send it again."))
+                if crowded:
+                    await asyncio.sleep(LINGER_S)
 
     def _take_group(self) -> list[_Unit]:
         """Take the units that wait, up to the limits of one batch; the first always fits."""
@@ -426,8 +435,11 @@ class Log:
         return msgspec.json.decode(message.data, type=_Info).state.last_seq
 
     def live(self, *subjects: str) -> Live:
-        """Return a subscription to what is stored on these subjects from now on. It may miss what a reconnect hides."""
-        return Live(self._link, subjects)
+        """Return a subscription to what is stored on these subjects from now on; each is a subject that is used once.
+
+        It may miss what a reconnect hides: for a complete reading there is ``follow``.
+        """
+        return Live(self, subjects)
 
 
 class _State(Struct, frozen=True):
@@ -439,36 +451,53 @@ class _Info(Struct, frozen=True):
 
 
 class Live:
-    """What is stored from now on, as it is stored: enter it, then iterate. A hint that is cheap, not a ledger."""
+    """What is stored from now on, soon after it is stored: enter it, then iterate.
 
-    def __init__(self, link: Link, subjects: tuple[str, ...]) -> None:
-        self._link = link
+    The server passes every message on to those who listen before it is stored, and also one that it then refuses. That
+    costs nothing where nobody listens, so it is taken as a hint: what is given out was read from the log.
+    """
+
+    def __init__(self, log: Log, subjects: tuple[str, ...]) -> None:
+        self._log = log
         self._subjects = subjects
         self._subs: list[Subscription] = []
-        self._queue: asyncio.Queue[Stored] = asyncio.Queue()
+        self._hinted: asyncio.Queue[str] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         for subject in self._subjects:
-            self._subs.append(await self._link.nc.subscribe(LIVE + subject, cb=self._take))
+            self._subs.append(await self._log.link.nc.subscribe(subject, cb=self._hint))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for sub in self._subs:
-            if not self._link.nc.is_closed:
+            if not self._log.link.nc.is_closed:
                 await sub.unsubscribe()
 
-    async def _take(self, message: Msg) -> None:
-        stored = _stored(message)
-        if stored is not None:
-            self._queue.put_nowait(stored)
+    async def _hint(self, message: Msg) -> None:
+        self._hinted.put_nowait(message.subject)
 
     def __aiter__(self) -> AsyncIterator[Stored]:
         return self
 
     async def __anext__(self) -> Stored:
-        return await self._queue.get()
+        while True:
+            stored = await self._await_stored(await self._hinted.get())
+            if stored is not None:
+                return stored
+
+    async def _await_stored(self, subject: str) -> Stored | None:
+        """Look until the hinted message is there; one that was refused never is."""
+        delay_s = HINT_FIRST_LOOK_S
+        while delay_s < HINT_LAST_LOOK_S:
+            await asyncio.sleep(delay_s)
+            with contextlib.suppress(Unavailable):
+                stored = await self._log.last(subject)
+                if stored is not None:
+                    return stored
+            delay_s *= 2
+        return None
 
 
 def _guard(record: Record) -> dict[str, str] | None:

@@ -20,7 +20,6 @@ from nats.js.api import (
     ConsumerConfig,
     DiscardPolicy,
     KeyValueConfig,
-    RePublish,
     RetentionPolicy,
     StorageType,
     StreamConfig,
@@ -31,7 +30,6 @@ from streams.link import Link
 
 STREAM = "HEADRACE"
 LANES = 12
-LIVE = "live."
 INLINE_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 16 * 1024 * 1024
 ACK_WAIT_S = 6.0
@@ -121,7 +119,6 @@ def _stream(limits: Limits, replicas: int) -> StreamConfig:
         num_replicas=replicas,
         allow_atomic=True,
         allow_direct=True,
-        republish=RePublish(src="hr.>", dest=LIVE + "hr.>"),
     )
 
 

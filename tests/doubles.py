@@ -34,6 +34,19 @@ class MemoryLink:
     connected: bool = True
 
 
+class Heard:
+    """What is stored on some subjects; breaking off one wait leaves it as it is."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[Stored] = asyncio.Queue()
+
+    def __aiter__(self) -> AsyncIterator[Stored]:
+        return self
+
+    async def __anext__(self) -> Stored:
+        return await self.waiting.get()
+
+
 class MemoryLog:
     """A log in a list. ``away`` makes every call fail as the real one does when its server is gone."""
 
@@ -43,7 +56,7 @@ class MemoryLog:
         self.last_seq = 0
         self.away = False
         self.appends = 0
-        self._listening: list[tuple[tuple[str, ...], asyncio.Queue[Stored]]] = []
+        self._listening: list[tuple[tuple[str, ...], Heard]] = []
         self._news = asyncio.Event()
 
     def _check(self) -> None:
@@ -66,7 +79,7 @@ class MemoryLog:
         self.last_seq = stored.seq
         for subjects, queue in self._listening:
             if any(matches(s, subject) for s in subjects):
-                queue.put_nowait(stored)
+                queue.waiting.put_nowait(stored)
         self._news.set()
         self._news = asyncio.Event()
         return stored.seq
@@ -88,16 +101,10 @@ class MemoryLog:
 
     @asynccontextmanager
     async def live(self, *subjects: str) -> AsyncIterator[AsyncIterator[Stored]]:
-        queue: asyncio.Queue[Stored] = asyncio.Queue()
-        entry = (subjects, queue)
+        entry = (subjects, Heard())
         self._listening.append(entry)
-
-        async def heard() -> AsyncIterator[Stored]:
-            while True:
-                yield await queue.get()
-
         try:
-            yield heard()
+            yield entry[1]
         finally:
             self._listening.remove(entry)
 
@@ -147,7 +154,7 @@ class MemoryTables:
 
 
 class MemoryReader:
-    """A read model that folds the log when it is asked, up to where ``lag_at`` holds it, or not at all when ``away``."""
+    """A read model that folds the log when asked, up to where ``lag_at`` holds it, or not at all when ``away``."""
 
     def __init__(self, log: MemoryLog) -> None:
         self._log = log
@@ -201,6 +208,4 @@ class MemoryReader:
             and (before is None or r.first_seq < before)
         ]
         shown = found[:limit]
-        return RunPage(
-            runs=[view(r, []) for r in shown], next=str(shown[-1].first_seq) if len(found) > limit else None
-        )
+        return RunPage(runs=[view(r, []) for r in shown], next=str(shown[-1].first_seq) if len(found) > limit else None)

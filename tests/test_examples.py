@@ -1,4 +1,4 @@
-"""The science functions that ship: run as a worker runs them, payloads encoded and decoded, against known answers."""
+"""The science functions that ship, on the bench (payloads encoded and decoded), against known answers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 from functions.examples import alerts, crystallography, fusion, indexing, molecular_dynamics, pointing
-from headrace.binding import Binding
-from headrace.context import Context
+from headrace.errors import RunFailed
 from headrace.sdk import declaration
-from headrace.wire import ITEMS, JSON, Call, EventMeta, Map, Payload
+from headrace.testing import Bench
 
 EXAMPLES = Path(fusion.__file__).parent
 DATA = EXAMPLES / "data"
@@ -28,51 +26,21 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Folder:
-    """A port whose URIs are paths; it remembers what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.fractions: list[float] = []
-
-    def say(self, level: str, text: str) -> None:
-        self.lines.append(f"{level}: {text}")
-
-    def progress(self, fraction: float, note: str) -> None:
-        self.fractions.append(fraction)
-
-    def stage(self, uri: str) -> Path:
-        return Path(uri)
-
-    def store(self, content: Path | bytes, name: str) -> str:
-        raise AssertionError("no example stores anything")
+BENCH = Bench(*MODULES)
 
 
 class Ran:
-    """What came of one trigger: every function that ran, in order, and the answer."""
+    """What came of one trigger: the functions that ran, in order, the answer, and the progress of the last one."""
 
     def __init__(self, function: str, data: Any) -> None:
-        self.functions: list[str] = []
-        self.port = Folder()
-        raw = isinstance(data, bytes)
-        body = data if raw else msgspec.json.encode(data)
-        payload = Payload(type="application/octet-stream" if raw else JSON, body=body)
-        event = EventMeta(id="e1", source="/test", type="test")
-        self.answer = msgspec.json.decode(self._run(function, payload, event).body)
+        trace = BENCH.fire(function, data)
+        self.answer = trace.result()
+        self.functions = [step.function for step in trace.steps]
+        self.progress = trace.steps[-1].progress
 
-    def _run(self, function: str, payload: Payload, event: EventMeta | None = None) -> Payload:
-        self.functions.append(function)
-        context = Context(run_id="r", invocation_id="i", attempt=1, deadline=None, port=self.port)
-        result = Binding(FUNCTIONS[function]).invoke(type=payload.type, body=payload.body, event=event, context=context)
-        for effect in context.effects:
-            if isinstance(effect, Call):
-                result = self._run(effect.function, effect.payload)
-            elif isinstance(effect, Map):
-                results = [self._run(effect.function, member) for member in effect.payloads]
-                items = msgspec.msgpack.encode([(each.type, each.body) for each in results])
-                assert effect.then is not None
-                result = self._run(effect.then, Payload(type=ITEMS, body=items))
-        return result
+
+def uri(path: str | Path) -> str:
+    return (DATA / path).as_uri()
 
 
 # ---------------------------------------------------------------- all of them
@@ -113,7 +81,7 @@ def shot(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The event of a shot, and its known answer."""
     known = json.loads((DATA / f"fusion/shot_{number}.json").read_text(encoding="utf-8"))
     axes = ("sample_rate_hz", "channel_spacing_m", "coarse_sample_rate_hz", "coarse_spacing_m")
-    event = {"shot": number, "uri": str(DATA / f"fusion/shot_{number}.npz")} | {axis: known[axis] for axis in axes}
+    event = {"shot": number, "uri": uri(f"fusion/shot_{number}.npz")} | {axis: known[axis] for axis in axes}
     return event, known
 
 
@@ -144,7 +112,7 @@ def test_a_quiet_shot_is_not_flagged_and_chains_nothing() -> None:
 
 def test_windows_without_any_signal_raise_no_flag(tmp_path: Path) -> None:
     np.savez(tmp_path / "dead.npz", counts32=np.full((2, 32, 32), 700, dtype=np.int16))
-    ran = Ran("shot_done", shot(900001)[0] | {"uri": str(tmp_path / "dead.npz")})
+    ran = Ran("shot_done", shot(900001)[0] | {"uri": uri(tmp_path / "dead.npz")})
     assert ran.answer["tearing_over_median"] == [0.0, 0.0]
     assert ran.functions == ["shot_done"]
 
@@ -167,18 +135,18 @@ def test_only_a_wave_that_travels_the_right_way_is_the_tearing_mode(
 def test_a_shot_with_a_field_missing_is_the_senders_mistake() -> None:
     event, _ = shot(900001)
     del event["sample_rate_hz"]
-    with pytest.raises(Exception, match="sample_rate_hz"):
+    with pytest.raises(RunFailed, match="sample_rate_hz"):
         Ran("shot_done", event)
 
 
 # ---------------------------------------------------------------- crystallography
 
 
-def run_stop(uri: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_stop(path: str | Path = "crystallography/run0001.npz") -> tuple[dict[str, Any], dict[str, Any]]:
     """The event of a run stop, and its known answer."""
     known = json.loads((DATA / "crystallography/run0001.json").read_text(encoding="utf-8"))
     geometry = ("pixel_mm", "distance_mm", "wavelength_angstrom", "beam_center_px", "masked_value")
-    event = {"run": known["name"], "uri": str(uri or DATA / "crystallography/run0001.npz")}
+    event = {"run": known["name"], "uri": uri(path)}
     return event | {key: known[key] for key in geometry}, known
 
 
@@ -305,8 +273,9 @@ REFERENCE = json.loads((DATA / "molecular_dynamics/reference.json").read_text(en
 @pytest.mark.parametrize("cutoff", [3, 4])
 def test_the_energy_of_the_nist_configuration_is_nists(cutoff: int) -> None:
     known = REFERENCE["periodic4"]
-    path = DATA / "molecular_dynamics" / known["file"]
-    answer = Ran("lj_energy", {"uri": str(path), "box": known["box"], "cutoff": cutoff}).answer
+    answer = Ran(
+        "lj_energy", {"uri": uri(f"molecular_dynamics/{known['file']}"), "box": known["box"], "cutoff": cutoff}
+    ).answer
     expected = known[f"cutoff_{cutoff}"]
     assert answer["n"] == known["n"]
     assert answer["energy"] == pytest.approx(expected["energy"], abs=known["tolerance"])
@@ -329,7 +298,7 @@ def test_a_run_at_constant_energy_has_the_known_averages() -> None:
         known["mean_potential_per_particle"], abs=tolerance["potential"]
     )
     assert answer["pressure"] == pytest.approx(known["mean_pressure"], abs=tolerance["pressure"])
-    assert ran.port.fractions[-1] == 1.0
+    assert ran.progress[-1][0] == 1.0
 
 
 def test_the_start_of_the_melt_has_the_known_pressure() -> None:
@@ -372,21 +341,21 @@ def test_forces_are_the_slope_of_the_energy() -> None:
     "wrong", [{"cells": 3}, {"cells": 0}, {"steps": 10, "equilibration_steps": 10}, {"dt": 0.0}, {"density": -1.0}]
 )
 def test_a_simulation_that_cannot_be_run_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"cannot be run|half a box"):
+    with pytest.raises(RunFailed, match=r"cannot be run|half a box"):
         Ran("lj_dynamics", wrong)
 
 
 def test_a_cut_off_over_half_the_box_is_refused() -> None:
-    path = DATA / "molecular_dynamics" / REFERENCE["periodic4"]["file"]
-    with pytest.raises(ValueError, match="half a box"):
-        Ran("lj_energy", {"uri": str(path), "box": 8.0, "cutoff": 4.1})
+    path = f"molecular_dynamics/{REFERENCE['periodic4']['file']}"
+    with pytest.raises(RunFailed, match="half a box"):
+        Ran("lj_energy", {"uri": uri(path), "box": 8.0, "cutoff": 4.1})
 
 
 def test_an_xyz_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "short.xyz"
     short.write_text("3\nbox\nA 0 0 0\nA 1 1 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="promises 3 particles"):
-        Ran("lj_energy", {"uri": str(short), "box": 8.0, "cutoff": 3.0})
+    with pytest.raises(RunFailed, match="promises 3 particles"):
+        Ran("lj_energy", {"uri": uri(short), "box": 8.0, "cutoff": 3.0})
 
 
 # ---------------------------------------------------------------- alerts
@@ -493,7 +462,7 @@ def test_voevents_are_read_with_and_without_a_namespace(body: bytes, action: str
     ],
 )
 def test_what_is_no_notice_is_refused_with_the_reason(data: Any, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(RunFailed, match=text):
         Ran("triage_alert", data)
 
 

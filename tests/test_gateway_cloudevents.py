@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from gateway.cloudevents import BATCH, STRUCTURED, Received, deadline_of, read_events
 from gateway.media import check_json, parse_media, read_payload
 from gateway.problems import Unreadable
-from headrace.errors import BadRequest, HeadraceError, TooLarge
+from headrace.errors import BadRequest, TooLarge
 from headrace.wire import BYTES, JSON, NOTHING
 
 DATA = Path(__file__).parent / "data" / "cloudevents"
@@ -201,7 +202,7 @@ def test_control_characters_and_what_is_no_text_are_refused(sent: str) -> None:
 @pytest.mark.parametrize("name", ["my_ext", "my.ext", "ext-a", "", "data", "data_base64", "é"])
 def test_a_header_that_is_no_attribute_name_is_refused(name: str) -> None:
     with pytest.raises(BadRequest, match="cannot be the name"):
-        binary(**{name: "x"})
+        binary(b"", None, **{name: "x"})
 
 
 def test_a_header_that_comes_twice_is_refused() -> None:
@@ -235,7 +236,7 @@ def test_extensions_are_kept_as_they_are(value: object) -> None:
     ],
 )
 def test_attributes_have_a_limit(attributes: dict[str, Any]) -> None:
-    with pytest.raises(BadRequest, match="limit|more than"):
+    with pytest.raises(BadRequest, match=r"limit|more than"):
         structured(**attributes)
 
 
@@ -313,6 +314,8 @@ def test_large_json_is_checked_too() -> None:
 def test_no_content_type_and_no_body_is_no_data() -> None:
     assert read_payload(None, b"") is NOTHING
     assert read_payload("", b"") is NOTHING
+    assert read_payload("application/octet-stream", b"") is NOTHING
+    assert read_payload("text/plain", b"").body == b""
 
 
 @pytest.mark.parametrize(
@@ -370,7 +373,5 @@ def test_events_of_the_official_sdk_are_read_in_both_modes(
 @given(body=st.binary(max_size=200), content_type=st.sampled_from([STRUCTURED, BATCH, JSON, "text/xml", "a/b", None]))
 def test_no_bytes_lead_to_anything_but_an_event_or_a_refusal(body: bytes, content_type: str | None) -> None:
     headers = [("ce-id", "1"), ("ce-source", "/s"), ("ce-type", "t"), ("ce-specversion", "1.0")]
-    try:
+    with suppress(BadRequest):
         read(content_type, body, headers)
-    except HeadraceError as error:
-        assert isinstance(error, BadRequest)

@@ -6,7 +6,6 @@ import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -16,12 +15,11 @@ from functions.admission import admit
 from gateway.app import TENANT, build
 from gateway.limits import GatewayLimits
 from gateway.server import Runner
-from headrace.model import ErrorInfo, FunctionOptions, Route, RunState, TimeLedger
+from headrace.model import ErrorInfo, FunctionOptions, InvocationState, Route, RunState, TimeLedger
 from headrace.wire import (
     EventMeta,
     FunctionRecord,
     Invocation,
-    InvocationState,
     Note,
     Outcome,
     Payload,
@@ -111,9 +109,7 @@ class Stage:
 
     def note(self, work: Invocation, text: str, fraction: float) -> None:
         """Have it say how far it is."""
-        fact = Note(
-            run_id=work.run_id, invocation_id=work.invocation_id, at=time.time(), fraction=fraction, text=text
-        )
+        fact = Note(run_id=work.run_id, invocation_id=work.invocation_id, at=time.time(), fraction=fraction, text=text)
         self.log.put(note_subject(work.run_id, work.invocation_id), encode(fact))
 
     def end(self, work: Invocation, *, result: bytes = b'{"q95":4.1}', error: ErrorInfo | None = None) -> None:
@@ -183,8 +179,3 @@ class Watched:
 async def text_of(page: Page, selector: str) -> str:
     """Return what a reader sees of an element, on one line."""
     return " ".join((await page.locator(selector).inner_text()).split())
-
-
-async def module(page: Page, script: str, argument: Any = None) -> Any:
-    """Run a function of JavaScript in the page, which may import the page's modules."""
-    return await page.evaluate(script, argument)

@@ -7,31 +7,28 @@ every invocation takes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
-import structlog
 
-from headrace.channel import HEADER_BYTES
 from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, TimeLimit, UserError
 from headrace.failures import size_text
-from headrace.wire import Ask, ChildLimits, Died, FromChild, Granted, Invoke, Raised, Returned, Said, ToChild, encode
+from headrace.wire import Ask, ChildLimits, Died, FromChild, Granted, Invoke, Raised, Returned, Said, encode
 from workers.deaths import cause, forget_words, last_words
-from workers.output import Lines, OnLine, OnSaid, Output
+from workers.line import Line
+from workers.output import OnLine, OnSaid, Output, Pipe
 
-READ_BYTES = 64 * 1024
-PIPE_READS_MAX = 4  # a pipe holds 64 KiB; who writes faster than we read must not keep us from other work
 SLACK_BYTES = 64 * 1024
 TELL_S = 0.02  # how long a process that ran too long may take to write down where it is
-HUNG_UP_S = 0.1
+HUNG_UP_S = 0.1  # a process that closes its line is nearly always one that has just died; its zygote will say how
 
 OnAsk = Callable[[Ask], Awaitable[Granted]]
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[Returned | Raised | Said | Ask] = msgspec.msgpack.Decoder(FromChild)
 
 
@@ -65,36 +62,31 @@ class Child:
         self.usable = True
         self.served = 0
         self._limits = limits
-        self._frame_bytes_max = max(limits.result_bytes_max, limits.output_bytes_max) + SLACK_BYTES
         self._kill = kill
         self._tell = tell
         self._loop = asyncio.get_running_loop()
-        self._line, self._their_line = socket.socketpair()
-        self._line.setblocking(False)
-        (out, their_out), (err, their_err) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+        self._line = Line(
+            message_bytes_max=max(limits.result_bytes_max, limits.output_bytes_max) + SLACK_BYTES,
+            on_message=self._take,
+            on_too_large=self._refuse_large,
+            on_hung_up=self._hung_up,
+        )
+        self._pipes = (Pipe("stdout", self._print), Pipe("stderr", self._print))
         self._words = os.memfd_create("words")
-        self.theirs = (self._their_line.fileno(), their_out, their_err, self._words)
-        self._pipes = {out: ("stdout", Lines()), err: ("stderr", Lines())}
-        self._came = bytearray()
-        self._unsent: memoryview | None = None
+        self.theirs = (self._line.theirs.fileno(), *(pipe.theirs for pipe in self._pipes), self._words)
         self._function = ""
         self._ended: asyncio.Future[Returned] | None = None
         self._output: Output | None = None
         self._on_ask: OnAsk | None = None
         self._asking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._hung_up = False
-        self._loop.add_reader(self._line.fileno(), self._read_line)
-        for fd in self._pipes:
-            os.set_blocking(fd, False)
-            self._loop.add_reader(fd, self._read_pipe, fd)
+        self._left: ChildLost | None = None
 
     def handed_over(self) -> None:
         """Close the ends that the process has taken over."""
-        _, their_out, their_err, _ = self.theirs
-        self._their_line.close()
-        os.close(their_out)
-        os.close(their_err)
+        self._line.theirs.close()
+        for pipe in self._pipes:
+            os.close(pipe.theirs)
 
     # ------------------------------------------------------------ one invocation
 
@@ -106,16 +98,15 @@ class Child:
         Raises:
             FunctionError: the code did not load, the body raised, took too long, or the process died.
         """
-        ended = self._ended = self._loop.create_future()
+        ended: asyncio.Future[Returned] = self._loop.create_future()
+        self._ended = ended
         self._function = invoke.function
         self._output = Output(self._limits, on_said, on_line)
         self._on_ask = on_ask
-        timer = None if math.isinf(timeout_s) else self._loop.call_later(timeout_s, self._expire, timeout_s)
-        self._timer = timer
-        self._send(invoke)
+        self._timer = None if math.isinf(timeout_s) else self._loop.call_later(timeout_s, self._expire, timeout_s)
+        self._line.send(encode(invoke))
         try:
-            reply: Returned = await ended
-            return reply
+            return await ended
         except asyncio.CancelledError:
             self._ended = self._output = None
             self.stop()
@@ -142,143 +133,74 @@ class Child:
 
     def died(self, report: Died) -> None:
         """Take the news of its death: what it still said counts, then whatever runs has failed. Closes everything."""
-        while self._read_line():
-            pass
-        stopped = not self.usable
+        self._read_rest()
         self.usable = False
         if self._ended is not None:
-            if self._hung_up and stopped:
-                self._fail(self._lost("closed its line to the worker; did it close files that it had not opened?"))
-            else:
-                self._fail(self._lost(cause(report.status, report.error)))
-        self._close()
+            self._fail(self._left or self._lost(cause(report.status, report.error)))
+        self._line.close()
+        for pipe in self._pipes:
+            pipe.close()
+        os.close(self._words)
+
+    def _read_rest(self) -> None:
+        while self._line.read():
+            pass
 
     def _expire(self, timeout_s: float) -> None:
         self._tell(self.number)
         self._timer = self._loop.call_later(TELL_S, self._stop_late, timeout_s)
 
     def _stop_late(self, timeout_s: float) -> None:
-        while self._read_line():
-            pass
-        if self._ended is not None:
-            self._fail(
-                TimeLimit(
-                    f"{self._function} ran longer than its timeout of {timeout_s:g} s and was stopped",
-                    hint="Give it more time with @function(timeout=...), or look where its time goes.",
-                    traceback=last_words(self._words),
-                )
-            )
-            self.stop()
-        else:
+        self._read_rest()
+        if self._ended is None:
             forget_words(self._words)  # it ended well in the last moment
+            return
+        self._fail(
+            TimeLimit(
+                f"{self._function} ran longer than its timeout of {timeout_s:g} s and was stopped",
+                hint="Give it more time with @function(timeout=...), or look where its time goes.",
+                traceback=last_words(self._words),
+            )
+        )
+        self.stop()
+
+    def _fail(self, error: FunctionError) -> None:
+        ended = self._end()
+        if ended is not None and not ended.done():
+            ended.set_exception(error)
+
+    def _end(self) -> asyncio.Future[Returned] | None:
+        """Pass on all that was printed up to now, and return what waits for the end of the invocation."""
+        for pipe in self._pipes:
+            pipe.end()
+        ended, self._ended = self._ended, None
+        self._output = None
+        return ended
 
     def _lost(self, why: str) -> ChildLost:
         return ChildLost(f"{self._function} {why}", traceback=last_words(self._words))
 
-    def _fail(self, error: FunctionError) -> None:
-        ended = self._end_output()
-        if ended is not None and not ended.done():
-            ended.set_exception(error)
-
-    def _end_output(self) -> asyncio.Future[Returned] | None:
-        """Pass on all that was printed up to now, and return what waits for the end of the invocation."""
-        ended, self._ended = self._ended, None
-        for fd, (stream, lines) in self._pipes.items():
-            self._drain(fd)
-            for line in lines.end():
-                self._print(stream, line)
-        self._output = None
-        return ended
-
-    # ------------------------------------------------------------ the line
-
-    def _send(self, message: ToChild) -> None:
-        body = encode(message)
-        data = len(body).to_bytes(HEADER_BYTES, "big") + body
-        if self._unsent is not None:
-            self._unsent = memoryview(bytes(self._unsent) + data)
-            return
-        try:
-            sent = self._line.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            return  # it is gone; its zygote says how
-        if sent < len(data):
-            self._unsent = memoryview(data)[sent:]
-            self._loop.add_writer(self._line.fileno(), self._send_rest)
-
-    def _send_rest(self) -> None:
-        if self._unsent is not None:
-            try:
-                self._unsent = self._unsent[self._line.send(self._unsent) :]
-            except BlockingIOError:
-                return
-            except OSError:
-                self._unsent = None
-        if not self._unsent:
-            self._unsent = None
-            self._loop.remove_writer(self._line.fileno())
-
-    def _read_line(self) -> bool:
-        """Take what came; return False when there is nothing left to read."""
-        if self._hung_up:
-            return False
-        try:
-            data = self._line.recv(READ_BYTES)
-        except BlockingIOError:
-            return False
-        except OSError:
-            data = b""
-        if not data:
-            self._hang_up()
-            return False
-        if not self._came and len(data) == HEADER_BYTES + int.from_bytes(data[:HEADER_BYTES], "big"):
-            self._take(memoryview(data)[HEADER_BYTES:])  # nearly always: one message came, and nothing else
-        else:
-            self._came += data
-            self._take_whole()
-        return True
-
-    def _take_whole(self) -> None:
-        """Take the messages that are complete. No more than one of the largest size is ever held."""
-        while len(self._came) >= HEADER_BYTES and self.usable:
-            size = int.from_bytes(self._came[:HEADER_BYTES], "big")
-            if size > self._frame_bytes_max:
-                self._refuse(
-                    UserError(
-                        f"{self._function} sent {size_text(size)}, more than a result may have: "
-                        f"{size_text(self._limits.result_bytes_max)}",
-                        hint="Keep large data with ctx.store(...) and return the URI.",
-                        transient=False,
-                    )
-                )
-                return
-            end = HEADER_BYTES + size
-            if len(self._came) < end:
-                return
-            message = bytes(memoryview(self._came)[HEADER_BYTES:end])
-            del self._came[:end]
-            self._take(message)
+    # ------------------------------------------------------------ what comes from the process
 
     def _take(self, body: bytes | memoryview) -> None:
         try:
             message = _decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            self._refuse(self._lost("sent something that cannot be read; did it write to files it had not opened?"))
+            self._fail(self._lost("sent something that cannot be read; did it write to files that it had not opened?"))
+            self.stop()
             return
         if isinstance(message, Returned | Raised):
-            self._finish(message)
+            self._take_end(message)
         elif isinstance(message, Said):
             if self._output is not None:
-                for fd in self._pipes:
-                    self._drain(fd)
+                for pipe in self._pipes:
+                    pipe.drain()  # what C code printed before this comes before it
                 self._output.said(message)
         elif self._on_ask is not None and self._asking is None and self._ended is not None:
             self._asking = self._loop.create_task(self._grant(message, self._on_ask))
 
-    def _finish(self, message: Returned | Raised) -> None:
-        ended = self._end_output()
+    def _take_end(self, message: Returned | Raised) -> None:
+        ended = self._end()
         if message.leave:
             self.stop()
         if ended is None or ended.done():
@@ -296,62 +218,32 @@ class Child:
         except HeadraceError as error:
             granted = Granted(error=str(error), hint=error.hint)
         except Exception:
-            _log.exception("ask failed", what=ask.what)
-            granted = Granted(error=f"the platform failed at ctx.{ask.what}", hint="Its log says why.")
+            _log.exception("ctx.%s of %s failed", ask.what, self._function)
+            granted = Granted(error=f"the platform failed at ctx.{ask.what}", hint="The worker's log says why.")
         self._asking = None
         if self._ended is not None:
-            self._send(granted)
+            self._line.send(encode(granted))
 
-    def _refuse(self, error: FunctionError) -> None:
+    def _refuse_large(self, size: int) -> None:
+        most = size_text(self._limits.result_bytes_max)
+        error = UserError(
+            f"{self._function} sent {size_text(size)}; the limit is {most}",
+            hint="Keep large data with ctx.store(...) and return the URI.",
+            transient=False,
+        )
         self._fail(error)
-        self._came.clear()
         self.stop()
 
-    def _hang_up(self) -> None:
-        """Note that the line is closed. As a rule the process has died, and the zygote says how in a moment."""
-        self._hung_up = True
-        self._loop.remove_reader(self._line.fileno())
-        self._loop.call_later(HUNG_UP_S, self.stop)
+    def _hung_up(self) -> None:
+        if self.usable:
+            self._loop.call_later(HUNG_UP_S, self._stop_silent)
 
-    # ------------------------------------------------------------ the pipes
-
-    def _read_pipe(self, fd: int) -> None:
-        try:
-            data = os.read(fd, READ_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            self._loop.remove_reader(fd)
-            return
-        self._printed(fd, data)
-
-    def _drain(self, fd: int) -> None:
-        for _ in range(PIPE_READS_MAX):
-            try:
-                data = os.read(fd, READ_BYTES)
-            except BlockingIOError:
-                return
-            if not data:
-                return
-            self._printed(fd, data)
-
-    def _printed(self, fd: int, data: bytes) -> None:
-        stream, lines = self._pipes[fd]
-        for line in lines.feed(data):
-            self._print(stream, line)
+    def _stop_silent(self) -> None:
+        """End a process that goes on living without a line to us."""
+        if self.usable:
+            self._left = self._lost("closed its line to the worker; did it close files that it had not opened?")
+            self.stop()
 
     def _print(self, stream: str, line: bytes) -> None:
         if self._output is not None:
             self._output.line(stream, line.decode("utf-8", "replace"))
-
-    def _close(self) -> None:
-        if not self._hung_up:
-            self._hung_up = True
-            self._loop.remove_reader(self._line.fileno())
-        self._loop.remove_writer(self._line.fileno())
-        self._line.close()
-        for fd in self._pipes:
-            self._loop.remove_reader(fd)
-            os.close(fd)
-        self._pipes = {}
-        os.close(self._words)

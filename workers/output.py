@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 from collections.abc import Callable
-
-import structlog
 
 from headrace.failures import size_text
 from headrace.wire import ChildLimits, Said
 
+READ_BYTES = 64 * 1024
+READS_MAX = 4  # a pipe holds 64 KiB; who writes faster than we read must not keep us from other work
 LINE_BYTES_MAX = 16 * 1024
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 OnSaid = Callable[[Said], None]
 OnLine = Callable[[str, str], None]
 
 
-class Lines:
-    """Cuts what comes out of a pipe into lines."""
+class Pipe:
+    """The worker's end of a pipe that a child prints to, cut into lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: str, on_line: Callable[[str, bytes], None]) -> None:
+        """Open both ends; ``theirs`` is for the child, to be closed here once it has it."""
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        self._on_line = on_line
         self._held = b""
+        self._ours, self.theirs = os.pipe2(os.O_CLOEXEC)
+        self._reading = True
+        os.set_blocking(self._ours, False)
+        self._loop.add_reader(self._ours, self._read)
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the lines that are complete now; a line without an end is cut after 16 KiB."""
+    def drain(self) -> None:
+        """Take what has been printed up to now."""
+        for _ in range(READS_MAX):
+            if not self._read():
+                return
+
+    def end(self) -> None:
+        """Take what has been printed up to now, an unfinished line too."""
+        self.drain()
+        if self._held:
+            held, self._held = self._held, b""
+            self._on_line(self._stream, held)
+
+    def close(self) -> None:
+        """Close our end."""
+        self._stop_reading()
+        os.close(self._ours)
+
+    def _read(self) -> bool:
+        if not self._reading:
+            return False
+        try:
+            data = os.read(self._ours, READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._stop_reading()
+            return False
         *lines, held = (self._held + data).split(b"\n")
         if len(held) > LINE_BYTES_MAX:
             # A progress bar draws over itself without ever ending its line; only its last state counts.
@@ -33,12 +70,14 @@ class Lines:
             lines.append(held)
             held = b""
         self._held = held
-        return lines
+        for line in lines:
+            self._on_line(self._stream, line)
+        return True
 
-    def end(self) -> list[bytes]:
-        """Return what is held although its line has not ended."""
-        held, self._held = self._held, b""
-        return [held] if held else []
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._ours)
 
 
 class Output:

@@ -7,6 +7,7 @@ milliseconds. The pool decides which child runs what; ``workers.child`` talks to
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 from collections import deque
@@ -14,12 +15,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from headrace.errors import ChildLost, HeadraceError, LoadError
 from headrace.model import Code
 from headrace.wire import ChildLimits, Died, Invoke, Returned
 from workers.child import Child, OnAsk
+from workers.deaths import cause
 from workers.output import OnLine, OnSaid
 from workers.scratch import Scratch
 from workers.zygote import Zygote, child_environment
@@ -27,7 +28,7 @@ from workers.zygote import Zygote, child_environment
 BACKOFF_FIRST_S = 0.01
 BACKOFF_MAX_S = 5.0
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Pool:
@@ -234,7 +235,7 @@ class Pool:
         self._remove(child.scratch)
         if unexpected and not child.served:
             self._stillborn += 1
-            _log.warning("child died before it served", child=child.number, status=report.status, error=report.error)
+            _log.warning("a child died before it served: %s", cause(report.status, report.error))
             self._refill_later()
         else:
             self._stillborn = 0
@@ -272,7 +273,7 @@ class Pool:
         """Take all children for dead, as the kernel ends them with their parent, and start over."""
         if self._closing or self._restarting is not None:
             return
-        _log.error("zygote lost", children=len(self._children))
+        _log.error("the zygote died, and %d children with it", len(self._children))
         self._restarting = asyncio.get_running_loop().create_task(self._restart_zygote())
         for child in list(self._children.values()):
             self._child_died(Died(child=child.number, status=None, error="the parent of all children died"))
@@ -287,7 +288,7 @@ class Pool:
                 await self._start_zygote()
                 break
             except HeadraceError as error:
-                _log.error("zygote did not start", error=str(error))
+                _log.error("the zygote did not start: %s", error)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, BACKOFF_MAX_S)
         self._restarting = None

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -34,11 +35,13 @@ from headrace.wire import (
     Ask,
     Attempt,
     Cancel,
+    Effect,
     FunctionRecord,
     Gather,
     Granted,
     Invocation,
     Invoke,
+    Map,
     Note,
     Outcome,
     Payload,
@@ -98,7 +101,7 @@ class Worker:
         self._free = asyncio.Semaphore(tools.slots)
         self._uncommitted = asyncio.Semaphore(UNCOMMITTED_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._running: dict[str, set[asyncio.Task[Returned]]] = {}
+        self._running: dict[str, set[asyncio.Task[Any] | None]] = {}
         self._canceled: OrderedDict[str, None] = OrderedDict()
         self._codes: OrderedDict[str, Code] = OrderedDict()
         self._spreads: OrderedDict[str, list[Payload]] = OrderedDict()
@@ -220,6 +223,9 @@ class Worker:
         except asyncio.CancelledError:
             if invocation.run_id not in self._canceled:
                 raise
+            task = asyncio.current_task()
+            if task is not None:
+                task.uncancel()  # it was the run that was canceled, not this task
             await voice.close()
             return True
         else:
@@ -261,8 +267,11 @@ class Worker:
         async def ask(what: Ask) -> Granted:
             return await grant(what, self._tools.blobs)
 
-        running = asyncio.ensure_future(
-            self._tools.pool.run(
+        task = asyncio.current_task()
+        mine = self._running.setdefault(invocation.run_id, set())
+        mine.add(task)
+        try:
+            return await self._tools.pool.run(
                 invoke,
                 code,
                 timeout_s=parse_duration(record.options.timeout),
@@ -270,14 +279,8 @@ class Worker:
                 on_line=voice.line,
                 on_ask=ask,
             )
-        )
-        mine = self._running.setdefault(invocation.run_id, set())
-        mine.add(running)
-        try:
-            return await running
         finally:
-            running.cancel()
-            mine.discard(running)
+            mine.discard(task)
             if not mine:
                 self._running.pop(invocation.run_id, None)
 
@@ -436,7 +439,8 @@ class Worker:
                     run = decode(stored.body, Cancel).run_id
                     self._canceled[run] = None
                     for task in list(self._running.get(run, ())):
-                        task.cancel()
+                        if task is not None:
+                            task.cancel()
                 while len(self._canceled) > CANCELS_KEPT_MAX:
                     self._canceled.popitem(last=False)
 
@@ -547,9 +551,9 @@ def _listed(payloads: list[Payload]) -> Payload:
     return Payload(type=SPREAD, body=body, size=len(body))
 
 
-async def _checked_in(effect: effects.Effect, blobs: Blobs) -> effects.Effect:
+async def _checked_in(effect: Effect, blobs: Blobs) -> Effect:
     """Return the effect with payloads as the log may hold them."""
-    if isinstance(effect, effects.Map):
+    if isinstance(effect, Map):
         large = [i for i, p in enumerate(effect.payloads) if len(p.body) > 65536]
         if not large:
             return effect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
-import structlog
 
 from headrace.errors import HeadraceError
 from headrace.wire import ChildLimits, Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
@@ -24,7 +24,7 @@ READY_S = 60.0  # NumPy on a cold network file system takes its time
 END_S = 10.0
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
-_log = structlog.get_logger(__name__)
+_log = logging.getLogger(__name__)
 _reports: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromZygote)
 
 
@@ -114,7 +114,7 @@ class Zygote:
             async with asyncio.timeout(END_S):
                 await asyncio.shield(ended)
         except TimeoutError:
-            _log.warning("zygote did not end in time", pid=process.pid)
+            _log.warning("zygote %d did not end in time", process.pid)
             process.send_signal(signal.SIGKILL)
             await ended
 

@@ -1,0 +1,383 @@
+"""``headrace``: the platform from a terminal.
+
+Exit codes: 0 good, 1 the run failed or missed its deadline (or has no answer yet), 2 wrong usage, 3 the platform cannot
+be reached.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import mimetypes
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+from cyclopts import App, CycloptsError, Parameter
+from rich.text import Text
+
+from headrace import render
+from headrace.errors import BadRequest, HeadraceError, LoadError, Overloaded, PlatformUnreachable, RunFailed
+from headrace.handle import value_of
+from headrace.media import is_json
+from headrace.model import FINAL, RunState, RunView
+from headrace.sync import Client
+from headrace.wire import BYTES, JSON, Payload
+
+GOOD, RUN_FAILED, WRONG_USAGE, UNREACHABLE = 0, 1, 2, 3
+PATIENCE_S = 3.0
+
+app = App(
+    name="headrace",
+    help="Carries a trigger from an instrument to the compute that must answer in time.",
+    help_format="plaintext",
+    version=lambda: importlib.import_module("headrace").__version__,
+    result_action="return_value",
+)
+
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
+Deadline = Annotated[str | None, Parameter(help='By when the answer is due: "60s", "10m", or an RFC 3339 instant.')]
+Wait = Annotated[float | None, Parameter(help="Wait for the answer for so many seconds and print it.")]
+State = Annotated[RunState | None, Parameter(help="Only runs in this state.")]
+
+
+def main() -> NoReturn:
+    """Run one command and end the process with its exit code."""
+    try:
+        code = app(exit_on_error=False, print_error=True)
+        sys.stdout.flush()
+    except CycloptsError:
+        sys.exit(WRONG_USAGE)
+    except HeadraceError as error:
+        sys.exit(_tell(error))
+    except TimeoutError as error:
+        sys.exit(_tell(RunFailed(str(error), hint="It goes on; `headrace watch ID` follows it.")))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(GOOD)
+    sys.exit(code if isinstance(code, int) else GOOD)
+
+
+# ---------------------------------------------------------------- servers
+
+
+def _serve(command: str, help_text: str) -> None:
+    """Add a command that another program of ours runs: servers come with the extra `platform`."""
+
+    def run(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
+        for needed in ("infra", "nats", "redis"):
+            if importlib.util.find_spec(needed) is None:
+                raise BadRequest(
+                    f"`headrace {command}` needs the servers, which are not installed here",
+                    hint="pip install 'headrace[platform]'",
+                )
+        sys.stdout.flush()
+        # -P: a file `infra.py` in this folder must not be taken for ours.
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "infra", command, *arguments])  # noqa: S606 - no shell
+
+    run.__doc__ = help_text
+    app.command(run, name=command, help_flags=[], version_flags=[], group="Servers")
+
+
+_serve("up", "Run the whole platform in this terminal until Ctrl-C.")
+_serve("demo", "Start a platform, send it real triggers, and check every answer.")
+_serve("doctor", "Look for what is wrong; each finding says its cure.")
+_serve("setup", "Make the stream and the tables on servers of your own.")
+_serve("gateway", "Run one gateway, configured by file and environment.")
+_serve("worker", "Run one worker, configured by file and environment.")
+_serve("ledger", "Run the writer of the read model, configured by file and environment.")
+
+
+# ---------------------------------------------------------------- functions, routes, sites
+
+
+@app.command
+def deploy(file: Path, *, as_json: AsJson = False) -> None:
+    """Register the functions of a Python file, and the routes that they declare with @on.
+
+    The file is loaded in this process, its folder first on the path. It travels with what it imports from its folder.
+    """
+    with _client() as client:
+        views = client.deploy(file)
+        if as_json:
+            return _print_json(views)
+        names = {view.name for view in views}
+        render.console().print(render.functions_table(views))
+        routes = [route for route in client.routes() if route.route.function in names]
+        if routes:
+            render.console().print(render.routes_table(routes))
+    return None
+
+
+@app.command
+def functions(*, as_json: AsJson = False) -> None:
+    """List what is registered."""
+    with _client() as client:
+        _print_all("functions", client.functions(), render.functions_table, as_json)
+
+
+@app.command
+def routes(*, as_json: AsJson = False) -> None:
+    """List the routes: which events or names lead to which function, and by when."""
+    with _client() as client:
+        _print_all("routes", client.routes(), render.routes_table, as_json)
+
+
+@app.command
+def sites(*, as_json: AsJson = False) -> None:
+    """List the sites that run jobs, and how they are."""
+    with _client() as client:
+        _print_all("sites", client.sites(), render.sites_table, as_json)
+
+
+# ---------------------------------------------------------------- starting runs
+
+
+@app.command
+def trigger(
+    route: str,
+    file: str | None = None,
+    *,
+    deadline: Deadline = None,
+    wait: Wait = None,
+    id: Annotated[str | None, Parameter(help="The event id; the same id is the same run.")] = None,  # noqa: A002
+    content_type: Annotated[str | None, Parameter(help="What the data is, such as application/json.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Start a run on a route and print its id; with --wait, its answer.
+
+    Args:
+        route: the route's name.
+        file: the data; - reads it from standard input. Without it the run gets no data.
+    """
+    data, kind = (None, None) if file is None else _data(file, content_type)
+    with _client(patience_s=10.0) as client:
+        run = client.trigger(route, data, id=id, deadline=deadline, wait=wait, content_type=kind)
+        if wait is None:
+            print(render.as_json(run.ref) if as_json and run.ref else run.run_id)
+            return GOOD
+        view = run.view()
+        answered = view.answered_at is not None
+        if as_json:
+            answer = _shown(run.payload()) if answered else None
+            print(render.as_json({**msgspec.to_builtins(view), "answer": answer}))
+        elif answered:
+            _print_answer(run.payload())
+        elif view.state in FINAL:
+            run.payload()  # raises what went wrong
+        else:
+            _say(f"no answer after {wait:g} s; the run {run.run_id} goes on", f"headrace watch {run.run_id}")
+        if view.deadline_met is False and not as_json:
+            _say(f"the run {run.run_id} missed its deadline", f"headrace run {run.run_id} tells where the time went")
+        return _standing(view) if answered or view.state in FINAL else RUN_FAILED
+
+
+@app.command
+def publish(file: str = "-", *, as_json: AsJson = False) -> None:
+    """Send a CloudEvent, or a list of them as one batch, and print the runs that they start.
+
+    Args:
+        file: JSON in the form of CloudEvents; - reads standard input.
+    """
+    body = _read(file)
+    try:
+        events = msgspec.json.decode(body, type=dict[str, Any] | list[dict[str, Any]])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadRequest(
+            f"{file}: not an event or a list of events: {error}", hint="Send the JSON form of CloudEvents 1.0."
+        ) from error
+    with _client(patience_s=10.0) as client:
+        runs = client.publish(events)
+        if as_json:
+            return _print_json({"runs": [run.ref for run in runs]})
+        for run in runs:
+            print(run.run_id, render.clean(run.route))
+        if not runs:
+            _say("no route takes this", "`headrace routes` lists what each one takes")
+    return None
+
+
+# ---------------------------------------------------------------- runs
+
+
+@app.command(name="runs")
+def list_runs(*, state: State = None, route: str | None = None, limit: int = 20, as_json: AsJson = False) -> None:
+    """List runs, newest first.
+
+    Args:
+        route: only runs on this route.
+        limit: how many at most.
+    """
+    if limit < 1:
+        raise BadRequest(f"limit: {limit} is not possible", hint="Use 1 or more.")
+    with _client() as client:
+        views = [run.seen for run in client.runs(state=state, route=route, limit=limit) if run.seen]
+    if as_json:
+        return _print_json({"runs": views})
+    render.console().print(render.runs_table(views) if views else Text("no runs"))
+    return None
+
+
+@app.command(name="run")
+def show_run(id: str, *, as_json: AsJson = False) -> int:  # noqa: A002 - it is one
+    """Show one run: its state, its deadline, where the time went, and its invocations."""
+    with _client() as client:
+        view = client.run(id).view()
+    if as_json:
+        _print_json(view)
+        return _standing(view)
+    out = render.console()
+    out.print(render.run_table(view))
+    out.print(render.invocations_table(view.invocations))
+    hidden = view.invocations_total - len(view.invocations)
+    if hidden > 0:
+        out.print(Text(f"and {hidden:,} more"))
+    if view.error is not None and view.error.traceback:
+        out.print(Text(render.clean(view.error.traceback)))
+    return _standing(view)
+
+
+@app.command
+def result(
+    id: str,  # noqa: A002 - it is one
+    *,
+    wait: Annotated[float, Parameter(help="Wait for it for so many seconds.")] = 0.0,
+    as_json: AsJson = False,
+) -> int:
+    """Print the answer of a run."""
+    with _client() as client:
+        run = client.run(id)
+        try:
+            payload = run.payload(timeout=max(0.0, wait))
+        except TimeoutError:
+            _say(f"the run {id} has no answer yet", f"headrace result {id} --wait 60")
+            return RUN_FAILED
+        if as_json:
+            _print_json(_shown(payload))
+        else:
+            _print_answer(payload)
+        return _standing(run.view())
+
+
+@app.command
+def watch(id: str | None = None, *, as_json: AsJson = False) -> int:  # noqa: A002 - it is one
+    """Follow one run to its end, or all runs until Ctrl-C.
+
+    Args:
+        id: the run; all runs if it is not given.
+    """
+    out = render.console()
+    with _client(patience_s=30.0) as client:
+        run = None if id is None else client.run(id)
+        with closing(client.stream() if run is None else run.follow()) as events:
+            for event in events:
+                if as_json:
+                    print(render.as_json(event), flush=True)
+                else:
+                    out.print(render.event_line(event, with_run=run is None))
+        return GOOD if run is None else _standing(run.ended())
+
+
+@app.command
+def cancel(id: str) -> None:  # noqa: A002 - it is one
+    """Stop a run: what waits is dropped, what runs is stopped."""
+    with _client() as client:
+        client.cancel(id)
+    print(f"{id} canceled")
+
+
+# ---------------------------------------------------------------- in and out
+
+
+def _client(patience_s: float = PATIENCE_S) -> Client:
+    return Client(patience_s=patience_s)
+
+
+def _standing(view: RunView) -> int:
+    """Return the exit code that tells how a run stands."""
+    return RUN_FAILED if view.state in ("failed", "canceled") or view.deadline_met is False else GOOD
+
+
+def _read(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise BadRequest(
+            f"{file} cannot be read: {error.strerror}", hint="Name a file, or - for standard input."
+        ) from error
+
+
+def _data(file: str, content_type: str | None) -> tuple[bytes, str]:
+    """Return the data of a trigger and its content type: as said, else by the file's name, else by a look at it."""
+    body = _read(file)
+    guess = content_type or mimetypes.guess_type(file)[0]
+    if guess is None:
+        try:
+            json.loads(body)
+            guess = JSON
+        except ValueError:
+            guess = BYTES
+    return body, guess
+
+
+def _shown(payload: Payload) -> Any:
+    """Return an answer as JSON can show it; bytes as base64."""
+    return msgspec.to_builtins(value_of(payload))
+
+
+def _print_answer(payload: Payload) -> None:
+    """Print an answer as it is into a file or a pipe, and for reading on a terminal."""
+    if not sys.stdout.isatty():
+        sys.stdout.flush()
+        sys.stdout.buffer.write(payload.body)
+        if is_json(payload.type):
+            sys.stdout.buffer.write(b"\n")
+        sys.stdout.buffer.flush()
+        return
+    value = value_of(payload)
+    if isinstance(value, bytes):
+        print(f"{len(value):,} bytes of {render.one_line(payload.type)}; write them to a file with > FILE")
+    elif isinstance(value, str) and not is_json(payload.type):
+        print(render.clean(value))
+    else:
+        print(render.clean(json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def _print_json(value: object) -> None:
+    print(render.as_json(value))
+
+
+def _print_all(name: str, views: list[Any], table: Callable[[Iterable[Any]], Any], as_json: bool) -> None:
+    if as_json:
+        _print_json({name: views})
+    else:
+        render.console().print(table(views) if views else Text(f"no {name}"))
+
+
+def _say(what: str, hint: str = "") -> None:
+    out = render.console(sys.stderr)
+    out.print(Text(render.clean(what)))
+    if hint:
+        out.print(Text(f"hint: {render.clean(hint)}"))
+
+
+def _tell(error: HeadraceError) -> int:
+    """Print an error: what, which, and what to do about it. Return the exit code it stands for."""
+    _say(f"error: {error}", error.hint)
+    if isinstance(error, RunFailed | LoadError) and error.traceback:
+        render.console(sys.stderr).print(Text(render.clean(error.traceback.rstrip())))
+    if isinstance(error, PlatformUnreachable | Overloaded):
+        return UNREACHABLE
+    return RUN_FAILED if isinstance(error, RunFailed) else WRONG_USAGE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""What the command line shows: text for a terminal, made of things from outside that may hold anything.
+
+All such text goes through ``clean`` and into ``rich.text.Text``, which knows no markup: no name of a run can colour the
+terminal, make a link in it, or write over a line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from headrace.clock import parse_instant
+from headrace.model import (
+    FINAL,
+    FunctionView,
+    InvocationView,
+    RouteView,
+    RunView,
+    SiteView,
+    StreamEvent,
+)
+
+PIPE_COLUMNS = 200
+_STYLES = {
+    "succeeded": "green",
+    "up": "green",
+    "met": "green",
+    "running": "cyan",
+    "failed": "red",
+    "dead": "red",
+    "down": "red",
+    "missed": "red",
+    "canceled": "yellow",
+    "degraded": "yellow",
+}
+_HARMLESS = frozenset("\n\t")
+_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, bidirectional and other formats, surrogates
+
+
+def clean(text: object) -> str:
+    """Return text without anything that a terminal would obey; tabs and ends of lines stay."""
+    return "".join(c for c in str(text) if c in _HARMLESS or unicodedata.category(c) not in _CATEGORIES)
+
+
+def one_line(text: object, chars_max: int = 200) -> str:
+    """Return text cleaned, on one line, and cut to a length."""
+    flat = " ".join(clean(text).split())
+    return flat if len(flat) <= chars_max else flat[: chars_max - 3] + "..."
+
+
+def as_json(value: object) -> str:
+    """Return JSON on one line, in ASCII: nothing in it can act on a terminal."""
+    return json.dumps(msgspec.to_builtins(value))
+
+
+def console(file: TextIO | None = None) -> Console:
+    """Return a console that takes text as it is; where it is no terminal, lines are not broken."""
+    made = Console(file=file or sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    if not made.is_terminal:
+        made.width = max(made.width, PIPE_COLUMNS)
+    return made
+
+
+def seconds(value: float | None) -> str:
+    """Return a duration as people say it: "850 us", "12.3 ms", "1.25 s", "2 min 5 s", "3 h 4 min"."""
+    if value is None:
+        return ""
+    if value < 0.001:
+        return f"{value * 1e6:.0f} us"
+    if value < 1.0:
+        return f"{value * 1e3:.3g} ms"
+    if value < 60.0:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def runs_table(views: Iterable[RunView], now: float | None = None) -> Table:
+    """Return runs, one per line."""
+    table = _table("run", "route", "state", "accepted", ">answer after", "deadline")
+    for view in views:
+        table.add_row(
+            _id(view.run_id),
+            _text(view.route),
+            _state(view.state),
+            _text(_moment(view.accepted_at)),
+            _text(seconds(view.time_to_solution_s)),
+            _deadline(view, time.time() if now is None else now),
+        )
+    return table
+
+
+def run_table(view: RunView, now: float | None = None) -> Table:
+    """Return the facts of one run, one per line."""
+    table = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+    ledger = msgspec.to_builtins(view.time_ledger)
+    spent = ", ".join(f"{name.removesuffix('_s')} {seconds(value)}" for name, value in ledger.items() if value)
+    event = f"{view.event.type} {view.event.id} from {view.event.source}"
+    facts: list[tuple[str, Text]] = [
+        ("run", _text(view.run_id)),
+        ("route", _text(view.route)),
+        ("event", _text(one_line(event, 300))),
+        ("state", _state(view.state)),
+        ("accepted", _text(_moment(view.accepted_at))),
+        ("deadline", _deadline(view, time.time() if now is None else now)),
+        ("answer after", _text(seconds(view.time_to_solution_s))),
+        ("time went to", _text(spent)),
+    ]
+    if view.error is not None:
+        facts.append(("error", Text(f"{clean(view.error.kind)}: {clean(view.error.message)}", "red")))
+    for name, value in facts:
+        if value.plain:
+            table.add_row(name, value)
+    return table
+
+
+def invocations_table(invocations: Iterable[InvocationView]) -> Table:
+    """Return the invocations of a run, one per line."""
+    table = _table("invocation", "function", "version", "state", ">tries", ">took", "worker", "error")
+    for each in invocations:
+        took = None
+        if each.started_at is not None and each.ended_at is not None:
+            took = max(0.0, parse_instant(each.ended_at) - parse_instant(each.started_at))
+        table.add_row(
+            _id(each.invocation_id),
+            _text(each.function),
+            _text(each.version),
+            _state(each.state),
+            _text(each.attempts),
+            _text(seconds(took)),
+            _text(each.worker or ""),
+            _text(one_line(each.error.message, 100) if each.error else ""),
+        )
+    return table
+
+
+def functions_table(views: Iterable[FunctionView]) -> Table:
+    """Return functions, one per line."""
+    table = _table("function", "version", "timeout", ">retries", "registered", "what it does")
+    for view in views:
+        table.add_row(
+            _id(view.name),
+            _text(view.version),
+            _text(view.options.timeout),
+            _text(view.options.retries),
+            _text(_moment(view.registered_at)),
+            _text(one_line(view.doc.partition("\n")[0], 80)),
+        )
+    return table
+
+
+def routes_table(views: Iterable[RouteView]) -> Table:
+    """Return routes, one per line."""
+    table = _table("route", "function", "takes", "deadline", "when late", ">in flight at most")
+    for view in views:
+        rule = view.route.filter
+        parts = [] if rule is None else [("type", rule.type), ("source", rule.source), ("subject", rule.subject)]
+        takes = ", ".join(f"{name} {value}" for name, value in parts if value) or "triggers by its name"
+        table.add_row(
+            _id(view.name),
+            _text(view.route.function),
+            _text(one_line(takes, 100)),
+            _text(view.route.deadline or ""),
+            _text(view.route.on_late if view.route.deadline else ""),
+            _text(view.route.max_in_flight or ""),
+        )
+    return table
+
+
+def sites_table(views: Iterable[SiteView]) -> Table:
+    """Return sites, one per line."""
+    table = _table("site", "kind", "status", ">GPUs free", ">jobs waiting", ">usual wait", "last seen")
+    for view in views:
+        total = view.gpus.get("total")
+        table.add_row(
+            _id(view.name),
+            _text(view.kind),
+            _state(view.status),
+            _text("" if total is None else f"{view.gpus.get('free', 0)} of {total}"),
+            _text("" if view.queue.get("jobs") is None else int(view.queue["jobs"] or 0)),
+            _text(seconds(view.queue.get("wait_p50_s"))),
+            _text("" if view.last_seen_at is None else _moment(view.last_seen_at)),
+        )
+    return table
+
+
+def event_line(event: StreamEvent, *, with_run: bool) -> Text:
+    """Return what happened, on one line."""
+    data = event.data
+    line = Text()
+    if with_run:
+        line.append(clean(data.get("run_id", "")) + "  ", "dim")
+    line.append(f"{clean(event.kind):<11}")
+    line.append(_said(event.kind, data))
+    return line
+
+
+def _said(kind: str, data: dict[str, Any]) -> Text:
+    if kind == "log":
+        return _text(f"{data.get('level', '')}: {str(data.get('text', '')).rstrip()}")
+    if kind == "progress":
+        return _text(one_line(f"{float(data.get('fraction') or 0.0):.0%} {data.get('note', '')}"))
+    line = _state(str(data.get("state", "")))
+    name = data.get("function") if kind == "invocation" else data.get("route")
+    line.append(f" {one_line(name)}" if name else "")
+    if data.get("time_to_solution_s") is not None:
+        line.append(f", answer after {seconds(float(data['time_to_solution_s']))}")
+    if data.get("deadline_met") is not None:
+        line.append(", deadline ")
+        line.append(_state("met" if data["deadline_met"] else "missed"))
+    if isinstance(data.get("error"), dict):
+        line.append(f": {one_line(data['error'].get('message', ''))}", "red")
+    return line
+
+
+# ---------------------------------------------------------------- cells
+
+
+def _table(*names: str) -> Table:
+    """Return an empty table; a name that begins with ">" is set to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _text(value: object) -> Text:
+    return Text(clean(value))
+
+
+def _id(value: str) -> Text:
+    return Text(clean(value), no_wrap=True)
+
+
+def _state(state: str) -> Text:
+    return Text(clean(state), _STYLES.get(state, ""))
+
+
+def _moment(instant: str) -> str:
+    """Return an instant to the second; the microseconds are in the JSON."""
+    return instant.partition(".")[0].rstrip("Z").replace("T", " ") + "Z"
+
+
+def _deadline(view: RunView, now: float) -> Text:
+    if view.deadline_met is not None:
+        return _state("met" if view.deadline_met else "missed")
+    if view.deadline is None or view.state in FINAL:
+        return Text("")
+    left = parse_instant(view.deadline) - now
+    return Text(f"in {seconds(left)}") if left >= 0 else Text(f"{seconds(-left)} ago", "red")

@@ -1,0 +1,367 @@
+"""A run in virtual time, without a platform: what ``headrace.testing`` makes of an event.
+
+Follows the platform's own rules: a follow-up takes over the place of its parent, a map's ``then`` starts when all its
+members have ended well, effects of a body that raises are forgotten, and a failed attempt is repeated as often as
+``retries`` allows.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from headrace.binding import Binding
+from headrace.context import Context
+from headrace.errors import NotFound, RunCanceled, RunFailed, TooLarge, UserError
+from headrace.failures import told, worth_another_try
+from headrace.handle import value_of
+from headrace.model import ErrorInfo, Event, InvocationState, RunState
+from headrace.names import invocation_id
+from headrace.sdk import declaration, function_name
+from headrace.wire import ITEMS, JSON, NOTHING, Call, Effect, Emit, EventMeta, Map, Payload, Slot, encode
+
+STEPS_MAX = 100_000
+BEGIN = 1_767_225_600.0  # 2026-01-01: when every virtual run is accepted
+_FIRST_RETRY_S = 0.2
+_RETRY_S_MAX = 30.0
+
+
+class Stage(Protocol):
+    """Where a virtual run finds functions and files."""
+
+    def binding(self, name: str, what: str = "") -> Binding:
+        """Return a function by its name."""
+
+    def stage(self, uri: str) -> Path:
+        """Return the local file of a URI."""
+
+    def store(self, content: Path | bytes) -> str:
+        """Keep the bytes and return their URI."""
+
+
+@dataclass
+class Step:
+    """One invocation: what it got, what it did, and how it ended. ``at_s`` is the virtual time since acceptance."""
+
+    invocation_id: str
+    parent_id: str | None
+    function: str
+    payload: Any
+    at_s: float
+    state: InvocationState = "queued"
+    attempts: int = 0
+    result: Any = None
+    error: ErrorInfo | None = None
+    exception: BaseException | None = None
+    effects: list[Effect] = field(default_factory=list)
+    log: list[tuple[str, str]] = field(default_factory=list)
+    progress: list[tuple[float, str]] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """All that came of one event: its steps in the order they ran, its answer, and what it published and stored."""
+
+    run_id: str
+    function: str
+    event: Event
+    deadline: float | None
+    state: RunState = "accepted"
+    answer: Any = None
+    answered: bool = False
+    error: ErrorInfo | None = None
+    ended_s: float = 0.0
+    steps: list[Step] = field(default_factory=list)
+    emitted: list[Event] = field(default_factory=list)
+    stored: dict[str, Path] = field(default_factory=dict)
+
+    def step(self, function: str | Callable[..., Any]) -> Step:
+        """Return the one step of this function.
+
+        Raises:
+            NotFound: it did not run, or ran more than once.
+        """
+        found = self.steps_of(function)
+        if len(found) != 1:
+            ran = ", ".join(step.function for step in self.steps)
+            raise NotFound(f"{function_name(function)} ran {len(found)} times, not once", hint=f"What ran: {ran}.")
+        return found[0]
+
+    def steps_of(self, function: str | Callable[..., Any]) -> list[Step]:
+        """Return all steps of this function."""
+        return [step for step in self.steps if step.function == function_name(function)]
+
+    @property
+    def log(self) -> list[tuple[str, str]]:
+        """All lines that were logged with ``ctx.log``, as (level, text)."""
+        return [line for step in self.steps for line in step.log]
+
+    def result(self) -> Any:
+        """Return the answer.
+
+        Raises:
+            RunFailed: there is none; its cause is what the function raised.
+        """
+        if self.answered:
+            return self.answer
+        error = self.error or ErrorInfo(kind="user", message="it failed")
+        kind = RunCanceled if self.state == "canceled" else RunFailed
+        cause = next((step.exception for step in self.steps if step.exception is not None), None)
+        raise kind(
+            f"the run of {self.function} {'was canceled' if self.state == 'canceled' else 'failed'}: {error.message}",
+            kind=error.kind,
+            reason=error.message,
+            traceback=error.traceback,
+            run_id=self.run_id,
+        ) from cause
+
+
+class _Work(NamedTuple):
+    """An invocation that waits; compared by its time and its turn."""
+
+    at_s: float
+    turn: int
+    invocation_id: str
+    parent_id: str | None
+    function: str
+    payload: Payload
+    slot: Slot | None = None
+    event: EventMeta | None = None
+
+
+class _Port:
+    """What happens at once goes into the step."""
+
+    def __init__(self, stage: Stage, trace: Trace, step: Step) -> None:
+        self._stage = stage
+        self._trace = trace
+        self._step = step
+
+    def say(self, level: str, text: str) -> None:
+        """Keep a line of the function's log."""
+        self._step.log.append((level, text))
+
+    def progress(self, fraction: float, note: str) -> None:
+        """Keep how far the function is."""
+        self._step.progress.append((fraction, note))
+
+    def stage(self, uri: str) -> Path:
+        """Return the local file of a URI."""
+        return self._stage.stage(uri)
+
+    def store(self, content: Path | bytes, name: str) -> str:
+        """Keep the bytes under the run's name for them."""
+        uri = self._stage.store(content)
+        self._trace.stored[name] = self._stage.stage(uri)
+        return uri
+
+
+@dataclass
+class _Scope:
+    filled: dict[int, Payload] = field(default_factory=dict)
+    failed: int = 0
+    error: ErrorInfo | None = None
+
+
+class VirtualRun:
+    """One run, from its event to its end; what happens is written into ``trace``."""
+
+    def __init__(self, stage: Stage, trace: Trace, *, cancel_late: bool) -> None:
+        self._stage = stage
+        self._trace = trace
+        self._cancel_late = cancel_late
+        self._queue: list[_Work] = []
+        self._turns = 0
+        self._scopes: dict[str, _Scope] = {}
+
+    def run(self, function: str, event: EventMeta, payload: Payload) -> None:
+        """Run all there is to run."""
+        self._put(0.0, invocation_id(self._trace.run_id, 0), None, function, payload, None, event)
+        while self._queue:
+            if len(self._trace.steps) == STEPS_MAX:
+                raise TooLarge(
+                    f"the run has {STEPS_MAX:,} invocations and has not ended",
+                    hint="Look for a function that calls itself.",
+                )
+            self._take(heapq.heappop(self._queue))
+
+    def _put(
+        self,
+        at_s: float,
+        identity: str,
+        parent_id: str | None,
+        function: str,
+        payload: Payload,
+        slot: Slot | None,
+        event: EventMeta | None = None,
+    ) -> None:
+        self._turns += 1
+        heapq.heappush(self._queue, _Work(at_s, self._turns, identity, parent_id, function, payload, slot, event))
+
+    # ------------------------------------------------------------ one invocation
+
+    def _take(self, work: _Work) -> None:
+        step = Step(work.invocation_id, work.parent_id, work.function, _shown(work.payload), work.at_s)
+        self._trace.steps.append(step)
+        self._trace.state = "running"
+        late = self._trace.deadline is not None and BEGIN + work.at_s > self._trace.deadline
+        if late and self._cancel_late:
+            step.state, step.error = "canceled", ErrorInfo(kind="deadline", message="the deadline has passed")
+            self._fill(work, work.slot, None, step.error)
+            return
+        binding = self._stage.binding(work.function)
+        declared = declaration(binding.function)
+        retries = declared.options.retries if declared and declared.options else 0
+        while not self._attempt(work, step, binding):
+            if step.attempts > retries or step.exception is None or not worth_another_try(step.exception):
+                step.state = "dead"
+                self._fill(work, work.slot, None, step.error)
+                return
+            pause_s = min(_RETRY_S_MAX, _FIRST_RETRY_S * 2.0 ** (step.attempts - 1))
+            work = work._replace(at_s=work.at_s + pause_s)
+
+    def _attempt(self, work: _Work, step: Step, binding: Binding) -> bool:
+        """Call the body once; return whether it went well."""
+        step.attempts += 1
+        context = Context(
+            run_id=self._trace.run_id,
+            invocation_id=work.invocation_id,
+            attempt=step.attempts,
+            deadline=self._trace.deadline,
+            port=_Port(self._stage, self._trace, step),
+            clock=lambda: BEGIN + work.at_s,
+        )
+        try:
+            result = binding.invoke(type=work.payload.type, body=work.payload.body, event=work.event, context=context)
+            for effect in context.effects:
+                self._check(effect)
+        except (Exception, SystemExit) as error:  # whatever the user's body raises
+            step.exception, step.error = error, told(error)
+            return False
+        step.state, step.error, step.exception = "succeeded", None, None
+        step.result, step.effects = value_of(result), context.effects
+        if context.answered is not None and not self._trace.answered:
+            self._trace.answered, self._trace.answer = True, value_of(context.answered)
+        self._commit(work, context.effects, result)
+        return True
+
+    def _check(self, effect: Effect) -> None:
+        """Refuse an effect that names a function which is not there, before any of the effects counts."""
+        if isinstance(effect, Emit):
+            return
+        for name in (effect.function, effect.then if isinstance(effect, Map) else None):
+            if name is not None:
+                try:
+                    self._stage.binding(name)
+                except NotFound as error:
+                    raise UserError(
+                        f"{'map' if isinstance(effect, Map) else 'call'}: {error}", hint=error.hint, transient=False
+                    ) from error
+
+    # ------------------------------------------------------------ what follows from it
+
+    def _commit(self, work: _Work, effects: list[Effect], result: Payload) -> None:
+        branches: list[tuple[int, Call | Map]] = []
+        for position, effect in enumerate(effects):
+            if isinstance(effect, Emit):
+                self._emit(work, effect, position)
+            elif isinstance(effect, Call) or effect.payloads or effect.then is not None:
+                branches.append((position, effect))
+        if not branches:
+            self._fill(work, work.slot, result, None)
+        scope = invocation_id(work.invocation_id, "scope")
+        for index, (position, effect) in enumerate(branches):
+            slot = work.slot
+            if len(branches) > 1:
+                slot = Slot(scope=scope, index=index, size=len(branches), parent=work.slot)
+            self._start(work, effect, position, slot)
+
+    def _start(self, work: _Work, effect: Call | Map, position: int, slot: Slot | None) -> None:
+        parent = work.invocation_id
+        if isinstance(effect, Call):
+            at_s = work.at_s + effect.delay_s
+            self._put(at_s, invocation_id(parent, position), parent, effect.function, effect.payload, slot)
+            return
+        if not effect.payloads and effect.then is not None:
+            self._put(work.at_s, invocation_id(parent, position), parent, effect.then, _listed([]), slot)
+            return
+        scope = invocation_id(parent, f"map-{position}")
+        for index, payload in enumerate(effect.payloads):
+            member = Slot(
+                scope=scope, index=index, size=len(effect.payloads), then=effect.then, parent=slot, opened_by=parent
+            )
+            self._put(work.at_s, invocation_id(scope, index), parent, effect.function, payload, member)
+
+    def _emit(self, work: _Work, effect: Emit, position: int) -> None:
+        self._trace.emitted.append(
+            Event(
+                id=f"{work.invocation_id}-{position}",
+                source=f"/v1/runs/{self._trace.run_id}",
+                type=effect.type,
+                datacontenttype=effect.payload.type,
+                data=value_of(effect.payload),
+                extensions={"correlationid": self._trace.run_id},
+            )
+        )
+
+    def _fill(self, work: _Work, slot: Slot | None, result: Payload | None, error: ErrorInfo | None) -> None:
+        """Fill the place that an invocation ran in; when that ends a scope, go on with what is around it."""
+        if slot is None:
+            self._end(work, result, error)
+            return
+        scope = self._scopes.setdefault(slot.scope, _Scope())
+        scope.filled[slot.index] = result or NOTHING
+        if error is not None:
+            scope.failed += 1
+            scope.error = scope.error or error
+        if len(scope.filled) < slot.size:
+            return
+        if scope.error is not None:
+            self._fill(work, slot.parent, None, _of_scope(scope, slot.size))
+        elif slot.then is None:
+            self._fill(work, slot.parent, result, None)
+        else:
+            payload = _listed([scope.filled[index] for index in range(slot.size)])
+            self._put(work.at_s, invocation_id(slot.scope, "then"), slot.opened_by, slot.then, payload, slot.parent)
+
+    def _end(self, work: _Work, result: Payload | None, error: ErrorInfo | None) -> None:
+        trace = self._trace
+        trace.ended_s = work.at_s
+        trace.error = error
+        if error is None:
+            trace.state = "succeeded"
+            if not trace.answered and result is not None:
+                trace.answered, trace.answer = True, value_of(result)
+        else:
+            trace.state = "canceled" if error.kind == "deadline" else "failed"
+
+
+def _of_scope(scope: _Scope, size: int) -> ErrorInfo:
+    """Return one error for all that failed in a scope, led by the first."""
+    first = scope.error or ErrorInfo(kind="user", message="a branch failed")
+    if size == 1 or first.kind == "map":
+        return first
+    return ErrorInfo(
+        kind="map",
+        message=f"{scope.failed:,} of {size:,} branches failed; the first: {first.kind}: {first.message}",
+        traceback=first.traceback,
+    )
+
+
+def _listed(results: list[Payload]) -> Payload:
+    """Return the results of a scope as the payload of its ``then``."""
+    if all(each.type == JSON for each in results):
+        return Payload(type=JSON, body=b"[" + b",".join(each.body for each in results) + b"]")
+    return Payload(type=ITEMS, body=encode([(each.type, each.body) for each in results]))
+
+
+def _shown(payload: Payload) -> Any:
+    if payload.type != ITEMS:
+        return value_of(payload)
+    items = msgspec.msgpack.decode(payload.body, type=list[tuple[str, bytes]])
+    return [value_of(Payload(type=kind, body=body)) for kind, body in items]

@@ -1,0 +1,318 @@
+"""What is wrong here, and how to mend it: ``headrace doctor``. It looks and changes nothing but a file of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import aiohttp
+import msgspec
+from msgspec import Struct
+
+from headrace.errors import HeadraceError
+from infra.embedded import monitor, nats_program, redis_program
+from infra.settings import MIB, Settings
+from infra.staging import FREE_BYTES_MIN, SHARED_MEMORY
+from infra.up import Servers
+
+PYTHON_MIN = (3, 11)
+NATS_MIN = (2, 15)
+REDIS_MIN = (6, 2)
+PACKAGES = ("aiohttp", "msgspec", "nats-py", "redis", "uvloop", "structlog", "prometheus-client")
+FILES_MIN = 1024
+SYNC_TRIES = 20
+SYNC_SLOW_S = 0.02
+CLOCK_OFF_MAX_S = 1.0
+ANSWER_S = 3.0
+
+
+class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One thing looked at. ``failed`` has to be mended, ``warning`` may be lived with; ``cure`` says how."""
+
+    check: str
+    state: Literal["ok", "warning", "failed"]
+    detail: str
+    cure: str = ""
+
+
+Check = Callable[[Settings], Awaitable[Iterable[Finding]]]
+
+
+def _ok(check: str, detail: str) -> Finding:
+    return Finding(check=check, state="ok", detail=detail)
+
+
+def _warning(check: str, detail: str, cure: str) -> Finding:
+    return Finding(check=check, state="warning", detail=detail, cure=cure)
+
+
+def _failed(check: str, detail: str, cure: str) -> Finding:
+    return Finding(check=check, state="failed", detail=detail, cure=cure)
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Look at everything and return what was found, in the order of the checks."""
+    found: list[Finding] = []
+    for check in CHECKS:
+        found += await check(settings)
+    return found
+
+
+def as_json(findings: list[Finding]) -> str:
+    """Return the findings as JSON."""
+    return msgspec.json.format(msgspec.json.encode({"findings": findings}), indent=2).decode()
+
+
+def as_text(findings: list[Finding]) -> str:
+    """Return the findings for a person: a line each, and the cure below it where there is one."""
+    marks = {"ok": "ok      ", "warning": "warning ", "failed": "FAILED  "}
+    lines: list[str] = []
+    for finding in findings:
+        lines.append(f"{marks[finding.state]}{finding.check}: {finding.detail}")
+        if finding.cure:
+            lines.append(f"        cure: {finding.cure}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- this machine
+
+
+async def _versions(settings: Settings) -> Iterable[Finding]:
+    python = _ok("python", platform.python_version())
+    if sys.version_info[:2] < PYTHON_MIN:
+        python = _failed("python", python.detail, "Make a new environment with Python 3.11 or newer.")
+    return [
+        python,
+        await _program("nats-server", nats_program, "-v", NATS_MIN, "pip install 'headrace[platform]' brings it."),
+        await _program("redis-server", redis_program, "--version", REDIS_MIN, "apt-get install redis-server"),
+        _packages(),
+    ]
+
+
+def _packages() -> Finding:
+    missing = []
+    for name in PACKAGES:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return _failed("packages", f"missing: {', '.join(missing)}", "pip install 'headrace[platform]'")
+    return _ok("packages", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES))
+
+
+async def _program(check: str, find: Callable[[], Path], option: str, least: tuple[int, int], cure: str) -> Finding:
+    try:
+        path = find()
+        process = await asyncio.create_subprocess_exec(
+            str(path), option, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        said = (await process.communicate())[0].decode("utf-8", "replace")
+    except HeadraceError as error:
+        return _failed(check, str(error), error.hint)
+    except OSError as error:
+        return _failed(check, f"cannot be run: {error.strerror}", cure)
+    match = re.search(r"v=?(\d+)\.(\d+)\.(\d+)", said)
+    if match is None:
+        return _warning(check, f"{path} does not say its version", cure)
+    version = ".".join(match.groups())
+    if (int(match[1]), int(match[2])) < least:
+        return _failed(check, f"{path} is {version}; {least[0]}.{least[1]} is the oldest that will do", cure)
+    return _ok(check, f"{version} ({path})")
+
+
+async def _process_limits(settings: Settings) -> Iterable[Finding]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FILES_MIN:
+        return [_warning("open files", f"{soft} at most", f"ulimit -n {4 * FILES_MIN} before `headrace up`")]
+    return [_ok("open files", "no limit" if soft == resource.RLIM_INFINITY else f"{soft} at most")]
+
+
+async def _port(settings: Settings) -> Iterable[Finding]:
+    if _read_url(settings) or settings.port == 0:
+        return []
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            cure = "Stop what listens there, or use --port 0."
+            if error.errno == errno.EACCES:
+                cure = "Use a port above 1023."
+            return [_failed("port", f"{settings.port} on {settings.host}: {error.strerror}", cure)]
+    return [_ok("port", f"{settings.port} on {settings.host} is free")]
+
+
+async def _disk(settings: Settings) -> Iterable[Finding]:
+    folder = _nearest(settings.data_dir.absolute())
+    free = shutil.disk_usage(folder).free
+    where = f"{free // MIB:,} MiB free on the disk of {folder}"
+    wanted = settings.disk_bytes_min + settings.log_bytes_max
+    if free < settings.disk_bytes_min:
+        cure = "Free some space, or name another folder with --data or HEADRACE_DATA_DIR."
+        found = [_failed("disk", f"{where}; triggers are refused", cure)]
+    elif free < wanted:
+        cure = f"The log may grow to {settings.log_bytes_max // MIB:,} MiB: free some space, or lower log_bytes_max."
+        found = [_warning("disk", where, cure)]
+    else:
+        found = [_ok("disk", where)]
+    return [*found, await asyncio.to_thread(_syncs, folder)]
+
+
+def _syncs(folder: Path) -> Finding:
+    """Time what each acceptance waits for: a small write that has reached the disk."""
+    took: list[float] = []
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(SYNC_TRIES):
+                began = time.perf_counter()
+                file.write(b"x" * 256)
+                file.flush()
+                os.fsync(file.fileno())
+                took.append(time.perf_counter() - began)
+    except OSError as error:
+        return _failed("disk sync", f"{folder}: {error.strerror}", "Use a folder that this user can write to.")
+    middle = sorted(took)[SYNC_TRIES // 2]
+    detail = f"a write reaches the disk in {middle * 1000:.1f} ms (median of {SYNC_TRIES})"
+    if middle > SYNC_SLOW_S:
+        return _warning("disk sync", detail, "Each acceptance waits for it: use a local SSD, not a network disk.")
+    return _ok("disk sync", detail)
+
+
+async def _memory(settings: Settings) -> Iterable[Finding]:
+    cure = f"Batches are staged on disk, which is slower: mount a tmpfs of {2 * FREE_BYTES_MIN // MIB} MiB at /dev/shm."
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return [_warning("staging memory", f"there is no {SHARED_MEMORY}", cure)]
+    if free < FREE_BYTES_MIN:
+        return [_warning("staging memory", f"{free // MIB} MiB free in {SHARED_MEMORY}", cure)]
+    return [_ok("staging memory", f"{free // MIB:,} MiB free in {SHARED_MEMORY}")]
+
+
+async def _rights(settings: Settings) -> Iterable[Finding]:
+    found = []
+    data = settings.data_dir
+    private = [settings.token_path(), *(data / "run").glob("*.password"), *(data / "run").glob("*.json")]
+    private += [file for file in (settings.nats_password_file, settings.redis_password_file) if file is not None]
+    for path in dict.fromkeys([data, data / "run", data / "nats", *private]):
+        with contextlib.suppress(FileNotFoundError):
+            state = path.stat()
+            mode = stat.S_IMODE(state.st_mode)
+            if state.st_uid not in (os.geteuid(), 0):
+                found.append(
+                    _failed("rights", f"{path} belongs to user {state.st_uid}", f"chown {os.geteuid()} {path}")
+                )
+            elif mode & 0o077 and path in private:
+                found.append(_failed("rights", f"{path} is open to others (mode {mode:04o})", f"chmod 600 {path}"))
+            elif mode & 0o077:
+                found.append(_warning("rights", f"{path} is open to others (mode {mode:04o})", f"chmod 700 {path}"))
+    return found or [_ok("rights", f"what is in {data} is closed to others" if data.is_dir() else f"no {data} yet")]
+
+
+# ---------------------------------------------------------------- the platform that runs
+
+
+async def _gateway(settings: Settings) -> Iterable[Finding]:
+    url = _read_url(settings)
+    if not url:
+        return [_warning("platform", f"none runs on {settings.data_dir}", "Start it with `headrace up`.")]
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S)) as session,
+            session.get(f"{url}/readyz") as response,
+        ):
+            said = await response.text()
+    except (aiohttp.ClientError, TimeoutError, ValueError):
+        return [_failed("platform", f"{url} does not answer", "Start it again with `headrace up`.")]
+    if response.status != 200:
+        return [_failed("platform", f"{url} takes no triggers: {ascii(said)[:300]}", "See the other findings.")]
+    return [_ok("platform", f"{url} takes triggers")]
+
+
+async def _log(settings: Settings) -> Iterable[Finding]:
+    address = settings.nats_monitor_url
+    with contextlib.suppress(OSError, msgspec.ValidationError, msgspec.DecodeError):
+        raw = (settings.data_dir / "run" / "servers.json").read_bytes()
+        address = address or msgspec.json.decode(raw, type=Servers).nats_monitor_url
+    if not address or (not settings.nats_monitor_url and not _read_url(settings)):
+        return []
+    state = await monitor(address, "/jsz?config=1")
+    config = state.get("config")
+    if not config:
+        cure = "Start the platform, or set HEADRACE_NATS_MONITOR_URL to its http address."
+        return [_failed("log", f"the log's server does not answer at {address}", cure)]
+    return [
+        _synced(config, settings),
+        await _clock(address),
+    ]
+
+
+def _synced(config: dict[str, object], settings: Settings) -> Finding:
+    if config.get("sync_always"):
+        return _ok("sync_interval", "always: what is acknowledged is on disk")
+    cure = "Set `sync_interval: always` in the jetstream block of nats-server's configuration and restart it."
+    seconds = config.get("sync_interval")
+    every = f"every {seconds / 1e9:g} s" if isinstance(seconds, int | float) else "now and then"
+    detail = f"{every}: a power cut loses what was acknowledged since"
+    if settings.log_replicas >= 3:
+        return _warning("sync_interval", f"{detail}, unless the copies are on separate power", cure)
+    return _failed("sync_interval", detail, cure)
+
+
+async def _clock(address: str) -> Finding:
+    """Compare with the clock that stamps the log: deadlines are counted by one and kept by the other."""
+    before = time.time()
+    now = (await monitor(address, "/varz")).get("now", "")
+    after = time.time()
+    try:
+        theirs = datetime.fromisoformat(str(now)).timestamp()
+    except ValueError:
+        return _warning("clock", "the log's server does not tell its time", "Is it nats-server 2.15 or newer?")
+    off_s = max(before - theirs, theirs - after, 0.0)
+    if off_s > CLOCK_OFF_MAX_S:
+        cure = "Deadlines are off by as much: run an NTP service on both machines."
+        return _failed("clock", f"{off_s:.1f} s away from the log's", cure)
+    return _ok("clock", "agrees with the log's")
+
+
+def _read_url(settings: Settings) -> str:
+    try:
+        return (settings.data_dir / "url").read_text("utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+CHECKS: tuple[Check, ...] = (
+    _versions,
+    _process_limits,
+    _port,
+    _disk,
+    _memory,
+    _rights,
+    _gateway,
+    _log,
+)

@@ -1,0 +1,253 @@
+"""The demo: what it counts as right, what it prints, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from functions.examples import alerts, crystallography, fusion, indexing, molecular_dynamics, pointing
+from headrace.client import AsyncClient
+from headrace.model import Event, EventView, Links, Quote, RunView, TimeLedger
+from headrace.testing import Bench
+from infra import demo
+from infra.demo_triggers import FUNCTION_FILES, Near, Trigger, inputs, part, triggers
+from infra.settings import Settings
+from infra.up import Platform
+from tests.processes import alive, descendants, wait_until
+
+TRIGGERS = triggers({name: path.as_uri() for name, path in inputs().items()})
+QUICK = [trigger for trigger in TRIGGERS if trigger.route not in ("lj_dynamics", "run_stopped")]
+
+
+# ---------------------------------------------------------------- what is right
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Any]:
+    """The answer of the example functions to each trigger."""
+    bench = Bench(fusion, crystallography, indexing, molecular_dynamics, alerts, pointing)
+    found = {}
+    for trigger in TRIGGERS:
+        event = Event(
+            id=trigger.title,
+            source="/test",
+            type=trigger.type,
+            data=trigger.data,
+            datacontenttype=trigger.content_type,
+        )
+        (trace,) = bench.publish(event)
+        assert trace.event is event
+        found[trigger.title] = trace.result()
+    return found
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=lambda trigger: trigger.title)
+def test_the_answer_of_the_shipped_functions_is_the_known_one(trigger: Trigger, answers: dict[str, Any]) -> None:
+    assert trigger.wrong(answers[trigger.title]) == ""
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=lambda trigger: trigger.title)
+def test_every_part_of_a_known_answer_is_looked_at(trigger: Trigger, answers: dict[str, Any]) -> None:
+    assert trigger.expected
+    for path in trigger.expected:
+        spoilt = {"answer": copy.deepcopy(answers[trigger.title])}
+        _spoil(spoilt, f"answer.{path}")
+        assert trigger.wrong(spoilt["answer"]).startswith(f"{path} is ")
+
+
+def _spoil(holder: Any, path: str) -> None:
+    """Change the part of a JSON value at this path: numbers a little, everything else altogether."""
+    name, _, rest = path.partition(".")
+    if rest == "#":
+        holder[name].append("one more")
+    elif name == "*":
+        _spoil(holder[-1], rest)
+    elif rest:
+        _spoil(holder[name], rest)
+    else:
+        value = holder.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        holder[name] = value * 1.5 + 0.1 if number else ["spoilt"]
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, "text", 7])
+def test_an_answer_of_another_shape_is_wrong_and_no_crash(answer: object) -> None:
+    assert all(trigger.wrong(answer) for trigger in TRIGGERS)
+
+
+def test_a_list_of_numbers_must_be_as_long_as_the_known_one() -> None:
+    near = Near([1.0, 2.0], 0.1)
+    assert near.meets([1.05, 1.95])
+    assert not near.meets([1.0])
+    assert not near.meets([1.0, 2.0, 3.0])
+    assert not near.meets([1.0, float("nan")])
+    assert not near.meets(1.0)
+
+
+def test_a_part_that_is_not_there_is_none() -> None:
+    assert part({"a": [{"b": 1}, {"b": 2}]}, "a.*.b") == [1, 2]
+    assert part({"a": [1, 2, 3]}, "a.#") == 3
+    assert part({"a": 1}, "a.b.c") is None
+    assert part({"a": 1}, "a.*.c") is None
+
+
+def test_no_trigger_carries_its_known_answer() -> None:
+    for trigger in TRIGGERS:
+        if isinstance(trigger.data, dict):
+            assert not {"tearing", "eigenmode", "windows", "hits", "frames", "energy", "action"} & trigger.data.keys()
+
+
+def test_every_shipped_example_is_deployed() -> None:
+    shipped = {path for path in Path(fusion.__file__).parent.glob("*.py") if path.name != "__init__.py"}
+    assert set(FUNCTION_FILES) == shipped
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def run_view(**changes: Any) -> RunView:
+    view = RunView(
+        run_id="rabc",
+        route="shot_done",
+        function="shot_done",
+        tenant="default",
+        event=EventView(id="1", source="/s", type="t"),
+        state="succeeded",
+        deadline="2026-01-01T00:01:00.000000Z",
+        deadline_met=True,
+        accepted_at="2026-01-01T00:00:00.000000Z",
+        answered_at="2026-01-01T00:00:00.250000Z",
+        ended_at="2026-01-01T00:00:00.250000Z",
+        time_to_solution_s=0.25,
+        time_ledger=TimeLedger(gateway_s=0.003, lane_s=0.0, run_s=0.24, commit_s=0.007),
+        quote=Quote(),
+        invocations=[],
+        invocations_total=0,
+        jobs=[],
+        error=None,
+        links=Links(self="/", result="/", events="/"),
+    )
+    return msgspec.structs.replace(view, **changes)
+
+
+def test_the_table_says_where_the_time_went_and_whether_the_deadline_was_met() -> None:
+    late = run_view(run_id="rlate", deadline_met=False, deadline=None, time_to_solution_s=None)
+    results = [
+        demo.Result(trigger=TRIGGERS[0], view=run_view(), fault=""),
+        demo.Result(trigger=TRIGGERS[1], view=late, fault="x is 1, but should be 2"),
+    ]
+    assert [result.good for result in results] == [True, False]
+    console = Console(file=io.StringIO(), width=160)
+    demo.print_table(console, results)
+    header, first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert header.split()[:3] == ["run", "trigger", "route"]
+    assert first.split() == (
+        "rabc tokamak shot 900001 shot_done gateway 3, run 240, commit 7 0.250 s 60 s yes right".split()
+    )
+    assert second.split()[-4:] == ["-", "none", "no", "wrong"]
+
+
+def test_a_right_answer_that_came_late_is_not_good() -> None:
+    assert not demo.Result(trigger=TRIGGERS[0], view=run_view(deadline_met=False), fault="").good
+
+
+# ---------------------------------------------------------------- on a real platform
+
+
+@pytest.fixture
+async def platform(tmp_path: Path) -> AsyncIterator[Platform]:
+    async with Platform(Settings(data_dir=tmp_path / "headrace", port=0)) as started:
+        yield started
+
+
+async def test_one_wrong_answer_makes_the_demo_fail_and_is_told(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_quick(uris: dict[str, str]) -> list[Trigger]:
+        return [trigger for trigger in triggers(uris) if trigger.route in {quick.route for quick in QUICK}]
+
+    def one_wrong(uris: dict[str, str]) -> list[Trigger]:
+        chosen = only_quick(uris)
+        return [_expecting(chosen[0], {"flagged": False}), *chosen[1:]]
+
+    monkeypatch.setattr(demo, "triggers", only_quick)
+    first = Console(file=io.StringIO(), width=160)
+    assert await demo.demo(platform.url, platform.token, console=first) is True
+    monkeypatch.setattr(demo, "triggers", one_wrong)
+    second = Console(file=io.StringIO(), width=160)
+    assert await demo.demo(platform.url, platform.token, console=second) is False
+
+    shown = second.file.getvalue()  # type: ignore[attr-defined]
+    assert "flagged is True, but should be False" in shown
+    assert f"{len(QUICK) - 1} of {len(QUICK)} answers were right and on time" in shown
+    async with AsyncClient(platform.url, platform.token) as client:
+        runs = await client.runs(limit=1000)
+    assert len({run.run_id for run in runs}) == 2 * len(QUICK)  # the repeated event and the second demo included
+
+
+def _expecting(trigger: Trigger, expected: dict[str, object]) -> Trigger:
+    return Trigger(title=trigger.title, route=trigger.route, type=trigger.type, data=trigger.data, expected=expected)
+
+
+@contextmanager
+def demo_process(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`headrace demo` as a process of its own, killed with all it started if a test breaks off."""
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("HEADRACE_")}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "infra", "demo", *options],
+        cwd=folder,
+        env=environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for pid in [*descendants(process.pid), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+async def test_the_demo_answers_everything_right_stays_when_asked_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with demo_process(tmp_path, "--stay") as process:
+        shown = await asyncio.wait_for(asyncio.to_thread(_until_ready, process), 90)
+        assert f"{len(TRIGGERS)} of {len(TRIGGERS)} answers were right and on time" in shown
+        assert "The event that was sent twice ran once." in shown
+        for trigger in TRIGGERS:
+            assert trigger.title in shown
+        started = descendants(process.pid)
+        assert len(started) >= 5
+        process.send_signal(signal.SIGINT)
+        rest, _ = await asyncio.to_thread(process.communicate, timeout=30)
+        assert process.returncode == 0, shown + rest
+    wait_until(lambda: not any(alive(pid) for pid in started))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _until_ready(process: subprocess.Popen[str]) -> str:
+    """Read what the demo prints until it says that the platform stays up."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.match(r"\s*stop\s+Ctrl-C", line):
+            return "".join(lines)
+    raise AssertionError("the demo ended early:\n" + "".join(lines))
