@@ -1,11 +1,12 @@
 """The front door: HTTP in, promises out.
 
-Rooms: ``app`` (the one place that puts the others together), ``table`` (every endpoint, once), ``problems`` (errors as
-RFC 9457), ``auth`` (bearer tokens), ``gate`` (how much may be in flight), ``media`` (content types and what a body
-claims to be), ``cloudevents`` (events read from a request), ``ingest`` (events and triggers become runs), ``runs``
-(reading and canceling them), ``live`` (server-sent events), ``catalog`` (functions, routes, sites), ``uploads`` (large
-data), ``status`` (health and metrics), ``openapi``, ``page`` (the live page), ``server`` (connections), ``limits``,
-``needs`` (what it asks of the rest).
+Rooms: ``app`` (puts the others together), ``table`` (every endpoint, once), ``server`` (connections), ``problems``
+(errors as RFC 9457), ``auth`` (the token), ``limits``, ``gate`` and ``quota`` (how much may be in flight and open),
+``media`` (what a body claims to be), ``cloudevents`` (events read from a request), ``ingest`` (events and triggers
+become admitted runs), ``acceptance`` (these go to the log), ``waiting`` (callers that stay for the answer), ``runs``
+(reading and canceling), ``story`` (facts become events) and ``live`` (which are followed), ``catalog`` (functions,
+routes, sites), ``uploads`` and ``spool`` (large data), ``status``, ``metrics``, ``openapi``, ``page``, ``needs`` (what
+all this asks of the rest).
 
 May import ``headrace``, ``streams`` and ``functions``. It never runs, imports or unpickles what users send.
 """

@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from gateway import auth, page, problems
+from gateway.acceptance import Acceptance
 from gateway.catalog import Catalog
 from gateway.gate import Disk, Gate
 from gateway.ingest import Ingest
@@ -84,12 +85,11 @@ def build(
     book = RunBook(log=log, follow=follow, reader=reader, tenant=tenant)
     waiting = Waiting(log=log, book=book, seats_max=limits.waiting_max)
     ingest = Ingest(
-        log=log,
+        acceptance=Acceptance(log=log, tables=tables, quota=Quota(log, reader)),
         tables=tables,
         blobs=blobs,
         book=book,
         gate=gate,
-        quota=Quota(log, reader),
         waiting=waiting,
         metrics=metrics,
         tenant=tenant,

@@ -6,11 +6,9 @@ This is the hot path. What it does per request is decode, derive ids, encode and
 from __future__ import annotations
 
 import re
+import secrets
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
-from uuid import uuid4
 
 import msgspec
 from aiohttp import web
@@ -20,35 +18,27 @@ from functions.admission import Admitted, admit, reference
 from functions.qos import deadline_of as route_deadline
 from functions.routing import matching
 from gateway import cloudevents
+from gateway.acceptance import Acceptance, Accepted, check_same
 from gateway.gate import Gate
 from gateway.limits import GatewayLimits
 from gateway.media import digest_of, read_payload
 from gateway.metrics import Metrics
-from gateway.needs import Log, Tables
-from gateway.problems import KeyReused
-from gateway.quota import Quota
+from gateway.needs import Tables
 from gateway.runs import RunBook
 from gateway.waiting import Waiting, wait_of
-from headrace.errors import BadRequest, Conflict, HeadraceError, NotFound, Overloaded, TooLarge, Unavailable
+from headrace.errors import BadRequest, Conflict, HeadraceError, NotFound, TooLarge, Unavailable
 from headrace.model import RunRef
 from headrace.names import check_name
-from headrace.wire import EventMeta, FunctionRecord, Invocation, RouteRecord, decode
+from headrace.wire import EventMeta, FunctionRecord, RouteRecord
 from streams.blobs import Blobs, check_in
-from streams.log import UNIT_MESSAGES_MAX, AlreadyThere
+from streams.log import UNIT_MESSAGES_MAX
 
 TRIGGER_TYPE = "org.headrace.trigger"
 KEY_CHARS_MAX = 256
 _KEY = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
-_APPEND_TRIES_MAX = 5
+JSON_HEADERS = {"Content-Type": "application/json"}  # given as headers, because aiohttp is quicker that way
 
 encode_json = msgspec.json.Encoder().encode
-
-
-class Accepted(NamedTuple):
-    """A run in the log: its first invocation, and whether an earlier request put it there."""
-
-    first: Invocation
-    duplicate: bool
 
 
 class EventsAccepted(Struct, frozen=True, kw_only=True):
@@ -63,24 +53,22 @@ class Ingest:
     def __init__(
         self,
         *,
-        log: Log,
+        acceptance: Acceptance,
         tables: Tables,
         blobs: Blobs,
         book: RunBook,
         gate: Gate,
-        quota: Quota,
         waiting: Waiting,
         metrics: Metrics,
         tenant: str,
         limits: GatewayLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._log = log
+        self._acceptance = acceptance
         self._tables = tables
         self._blobs = blobs
         self._book = book
         self._gate = gate
-        self._quota = quota
         self._waiting = waiting
         self._metrics = metrics
         self._tenant = tenant
@@ -113,7 +101,7 @@ class Ingest:
                     content_type, request.headers.items(), await held.read(), events_max=self._limits.batch_events_max
                 )
                 self._metrics.events.inc(len(received))
-                accepted = await self._append(await self._admit_events(received))
+                accepted = await self._acceptance.append(await self._admit_events(received))
             finally:
                 held.leave()
         except HeadraceError:
@@ -121,7 +109,7 @@ class Ingest:
             raise
         self._count(accepted, began)
         runs = [await self._reference(one) for one in accepted]
-        return web.Response(body=encode_json(EventsAccepted(runs=runs)), status=202, content_type="application/json")
+        return web.Response(body=encode_json(EventsAccepted(runs=runs)), status=202, headers=JSON_HEADERS)
 
     # ------------------------------------------------------------ from request to admitted runs
 
@@ -137,7 +125,7 @@ class Ingest:
                 admitted = await self._admit_trigger(request, route, await held.read())
                 if before is not None:
                     await before(admitted.invocation.run_id)
-                [accepted] = await self._append([admitted])
+                [accepted] = await self._acceptance.append([admitted])
             finally:
                 held.leave()
         except HeadraceError:
@@ -188,7 +176,7 @@ class Ingest:
                     deadline=route_deadline(route.route, None, now) if own_deadline is None else own_deadline,
                 )
                 known = admitted.setdefault(one.invocation.run_id, one)
-                _check_same(known.invocation, digest)
+                check_same(known.invocation, digest)
         if len(admitted) > UNIT_MESSAGES_MAX:
             raise TooLarge(
                 f"the batch starts {len(admitted):,} runs, the limit is {UNIT_MESSAGES_MAX}",
@@ -213,63 +201,6 @@ class Ingest:
             )
         return found
 
-    # ------------------------------------------------------------ from admitted runs to the log
-
-    async def _append(self, admitted: list[Admitted]) -> list[Accepted]:
-        """Append all runs that are not in the log yet as one unit, and return all in the order given.
-
-        Raises:
-            KeyReused: one of them is in the log with another body; nothing was appended.
-            Overloaded: a route has as many open runs as it may have.
-        """
-        pending = {a.invocation.run_id: a for a in admitted}
-        there: dict[str, Invocation] = {}
-        for _ in range(_APPEND_TRIES_MAX):
-            if not pending:
-                break
-            try:
-                await self._append_within_quota(list(pending.values()))
-                break
-            except (AlreadyThere, Overloaded) as refused:
-                found = [] if isinstance(refused, Unavailable) else await self._existing(pending)
-                if not found and not isinstance(refused, AlreadyThere):
-                    raise
-            for first in found:
-                _check_same(first, pending.pop(first.run_id).invocation.digest)
-                there[first.run_id] = first
-        else:
-            raise Unavailable("the log says that this is there and shows it not", hint="Send it again.")
-        return [Accepted(there.get(a.invocation.run_id, a.invocation), a.invocation.run_id in there) for a in admitted]
-
-    async def _append_within_quota(self, admitted: list[Admitted]) -> None:
-        unit = [a.record for a in admitted]
-        routes = self._tables.routes.items()
-        wanted = Counter(
-            a.invocation.route
-            for a in admitted
-            if (r := routes.get(a.invocation.route)) is not None and r.route.max_in_flight is not None
-        )
-        if not wanted:
-            await self._log.append(unit)
-            return
-        await self._quota.take(wanted, routes)
-        appended = False
-        try:
-            await self._log.append(unit)
-            appended = True
-        finally:
-            self._quota.done(wanted, routes, appended=appended)
-
-    async def _existing(self, pending: dict[str, Admitted]) -> list[Invocation]:
-        """Return the first invocations of those runs that the log has already."""
-        guards = [a.record.absent or a.record.subject for a in pending.values()]
-        if len(guards) == 1:
-            stored = await self._log.last(guards[0])
-            found = [] if stored is None else [stored]
-        else:
-            found = await self._log.last_of_each(guards)
-        return [decode(stored.body, Invocation) for stored in found]
-
     # ------------------------------------------------------------ answers
 
     def _count(self, accepted: list[Accepted], began: float) -> None:
@@ -284,8 +215,7 @@ class Ingest:
         return web.Response(
             body=encode_json(await self._reference(accepted)),
             status=202,
-            content_type="application/json",
-            headers={"Location": f"/v1/runs/{accepted.first.run_id}", **(headers or {})},
+            headers={**JSON_HEADERS, "Location": f"/v1/runs/{accepted.first.run_id}", **(headers or {})},
         )
 
     async def _reference(self, accepted: Accepted) -> RunRef:
@@ -302,7 +232,7 @@ class Ingest:
 def _event_id(key: str | None) -> str:
     """Return the event id that an ``Idempotency-Key`` gives (quotes of a structured header aside), or a new one."""
     if key is None:
-        return uuid4().hex
+        return secrets.token_hex(16)
     if len(key) >= 2 and key[0] == key[-1] == '"':
         key = key[1:-1]
     if len(key) > KEY_CHARS_MAX or not _KEY.fullmatch(key):
@@ -311,17 +241,3 @@ def _event_id(key: str | None) -> str:
             hint=f"Use 1 to {KEY_CHARS_MAX} printable ASCII characters.",
         )
     return key
-
-
-def _check_same(first: Invocation, digest: str) -> None:
-    """Return if a repeat carries the body of the first.
-
-    Raises:
-        KeyReused: it carries another one.
-    """
-    if first.digest != digest:
-        event_id = first.event.id if first.event is not None else ""
-        raise KeyReused(
-            f"the event id {ascii(event_id)[:80]} came before on the route {first.route} with another body",
-            hint="Give each event an id of its own; a repeat must carry the same body.",
-        )

@@ -71,7 +71,7 @@ class Live:
         record = await self._book.record(run_id)
         after = last_event_id(request)
         if after is None:
-            after = 0
+            after = record.first_seq - 1
         elif record.ended and after >= record.seq:
             # Nothing will ever follow. Telling the end again lets a client that asks for more see that it is over.
             return await self._serve(request, self._again(record, after), after)

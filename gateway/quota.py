@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from gateway.needs import Log, Reader
 from headrace.errors import Overloaded
-from headrace.wire import RouteRecord
 
 RETRY_S = 1.0
 
@@ -26,17 +25,19 @@ class Quota:
         self._about: Counter[str] = Counter()
         self._recent: defaultdict[str, list[int]] = defaultdict(list)
 
-    async def take(self, wanted: Mapping[str, int], routes: Mapping[str, RouteRecord]) -> None:
+    async def take(self, wanted: Mapping[str, int], limits: Mapping[str, int]) -> None:
         """Count runs that are about to be appended, by route; ``done`` takes them out again.
+
+        Args:
+            wanted: how many runs of each route.
+            limits: how many of each of these routes may be open.
 
         Raises:
             Overloaded: one of the routes has no room for them. None is counted then.
             Unavailable: the read model does not answer.
         """
         for name, number in wanted.items():
-            limit = routes[name].route.max_in_flight
-            if limit is None:
-                continue
+            limit = limits[name]
             position = await self._reader.position()
             unseen = self._recent[name] = [seq for seq in self._recent[name] if seq > position]
             if await self._reader.open_runs(name) + len(unseen) + self._about[name] + number > limit:
@@ -47,9 +48,9 @@ class Quota:
                 )
         self._about.update(wanted)
 
-    def done(self, wanted: Mapping[str, int], routes: Mapping[str, RouteRecord], *, appended: bool) -> None:
+    def done(self, wanted: Mapping[str, int], *, appended: bool) -> None:
         """Take runs out of the count of those about to be appended; if they were, they wait for the read model."""
         for name, number in wanted.items():
             self._about[name] -= number
-            if appended and routes[name].route.max_in_flight is not None:
+            if appended:
                 self._recent[name] += [self._log.last_seq] * number

@@ -10,6 +10,7 @@ from typing import get_args
 import msgspec
 from aiohttp import web
 
+from functions.admission import guard_subject
 from gateway.needs import Follow, Log, Reader
 from headrace.clock import parse_instant
 from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, TooLarge, Unavailable
@@ -105,16 +106,19 @@ class RunBook:
 
     async def _fold(self, run_id: str) -> Folded | None:
         """Fold a run from the log. One of more than 1,000 facts is read through, which takes a moment."""
-        subjects = run_subjects(run_id)
         try:
-            return fold_run(await self._log.last_of_each(subjects))
+            return fold_run(await self._log.last_of_each(run_subjects(run_id)))
         except TooLarge:
-            return fold_run(await self._read_through(subjects))
+            return fold_run(await self._read_through(run_id))
 
-    async def _read_through(self, subjects: list[str]) -> list[Stored]:
+    async def _read_through(self, run_id: str) -> list[Stored]:
+        first = await self._log.last(guard_subject(self._tenant, run_id))
+        if first is None:
+            return []
         end = await self._log.end_seq()
         facts: list[Stored] = []
-        async with aclosing(self._follow(subjects, after=0, idle_s=_SCAN_IDLE_S)) as batches:
+        batches = self._follow(run_subjects(run_id), after=first.seq - 1, idle_s=_SCAN_IDLE_S)
+        async with aclosing(batches):
             async for batch in batches:
                 facts += batch
                 if not batch or batch[-1].seq >= end:

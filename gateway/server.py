@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from aiohttp import web
@@ -9,12 +10,42 @@ from aiohttp import web
 from gateway import problems
 
 SERVER = "Headrace"
-KEEP_ALIVE_S = 15.0  # also the time in which a request's headers have to be there
+KEEP_ALIVE_S = 75.0
+HEADERS_S_MAX = 10.0
 SHUTDOWN_S = 10.0
 
 
 class _Connection(web.RequestHandler):
-    """One connection. What the parser refuses is told as a problem, and is no error of ours to log."""
+    """One connection. Half a head of a request does not hold it for long, and what is no HTTP is told as a problem."""
+
+    __slots__ = ("_impatience",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._impatience: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on what arrived. A request of which the headers are not complete has to complete them soon."""
+        super().data_received(data)
+        if self._waiter is None or self._waiter.done():  # a request is there, or being answered
+            self._be_patient()
+        elif self._impatience is None:
+            self._impatience = asyncio.get_running_loop().call_later(HEADERS_S_MAX, self._give_up)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the connection."""
+        self._be_patient()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        self._impatience = None
+        if self._waiter is not None:
+            self.force_close()
+
+    def _be_patient(self) -> None:
+        if self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
 
     def handle_error(
         self,
@@ -37,7 +68,10 @@ class _Connection(web.RequestHandler):
             hint="Check the request line and the headers." if bad else "Send it again.",
         )
         response = web.Response(
-            status=status, body=content, content_type=problems.MEDIA_TYPE, headers={"Server": SERVER}
+            status=status,
+            body=content,
+            content_type=problems.MEDIA_TYPE,
+            headers={"Server": SERVER, "X-Content-Type-Options": "nosniff"},
         )
         response.force_close()
         return response

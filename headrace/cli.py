@@ -11,22 +11,24 @@ import json
 import mimetypes
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import msgspec
 from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 from headrace import render
+from headrace.answers import value_of
 from headrace.errors import BadRequest, HeadraceError, LoadError, Overloaded, PlatformUnreachable, RunFailed
-from headrace.handle import value_of
 from headrace.media import is_json
 from headrace.model import FINAL, RunState, RunView
-from headrace.sync import Client
 from headrace.wire import BYTES, JSON, Payload
+
+if TYPE_CHECKING:
+    from headrace.sync import Client
 
 GOOD, RUN_FAILED, WRONG_USAGE, UNREACHABLE = 0, 1, 2, 3
 PATIENCE_S = 3.0
@@ -39,16 +41,24 @@ app = App(
     result_action="return_value",
 )
 
+
+def _input(_: object, value: str | None) -> None:
+    """Let "-" pass as standard input, and refuse what was meant as an option."""
+    if value is not None and value.startswith("-") and value != "-":
+        raise ValueError(f"there is no option {value}")
+
+
+Input = Parameter(allow_leading_hyphen=True, validator=_input)
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 Deadline = Annotated[str | None, Parameter(help='By when the answer is due: "60s", "10m", or an RFC 3339 instant.')]
 Wait = Annotated[float | None, Parameter(help="Wait for the answer for so many seconds and print it.")]
 State = Annotated[RunState | None, Parameter(help="Only runs in this state.")]
 
 
-def main() -> NoReturn:
-    """Run one command and end the process with its exit code."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command, from the process's own arguments if none are given, and end the process with its exit code."""
     try:
-        code = app(exit_on_error=False, print_error=True)
+        code = app(arguments, exit_on_error=False, print_error=True)
         sys.stdout.flush()
     except CycloptsError:
         sys.exit(WRONG_USAGE)
@@ -98,7 +108,7 @@ _serve("ledger", "Run the writer of the read model, configured by file and envir
 
 
 @app.command
-def deploy(file: Path, *, as_json: AsJson = False) -> None:
+def deploy(file: Path, /, *, as_json: AsJson = False) -> None:
     """Register the functions of a Python file, and the routes that they declare with @on.
 
     The file is loaded in this process, its folder first on the path. It travels with what it imports from its folder.
@@ -142,7 +152,8 @@ def sites(*, as_json: AsJson = False) -> None:
 @app.command
 def trigger(
     route: str,
-    file: str | None = None,
+    file: Annotated[str | None, Input] = None,
+    /,
     *,
     deadline: Deadline = None,
     wait: Wait = None,
@@ -179,7 +190,7 @@ def trigger(
 
 
 @app.command
-def publish(file: str = "-", *, as_json: AsJson = False) -> None:
+def publish(file: Annotated[str, Input] = "-", /, *, as_json: AsJson = False) -> None:
     """Send a CloudEvent, or a list of them as one batch, and print the runs that they start.
 
     Args:
@@ -225,10 +236,10 @@ def list_runs(*, state: State = None, route: str | None = None, limit: int = 20,
 
 
 @app.command(name="run")
-def show_run(id: str, *, as_json: AsJson = False) -> int:  # noqa: A002 - it is one
+def show_run(run_id: str, /, *, as_json: AsJson = False) -> int:
     """Show one run: its state, its deadline, where the time went, and its invocations."""
     with _client() as client:
-        view = client.run(id).view()
+        view = client.run(run_id).view()
     if as_json:
         _print_json(view)
         return _standing(view)
@@ -239,24 +250,25 @@ def show_run(id: str, *, as_json: AsJson = False) -> int:  # noqa: A002 - it is 
     if hidden > 0:
         out.print(Text(f"and {hidden:,} more"))
     if view.error is not None and view.error.traceback:
-        out.print(Text(render.clean(view.error.traceback)))
+        out.print(Text(render.clean(view.error.traceback)), soft_wrap=True)
     return _standing(view)
 
 
 @app.command
 def result(
-    id: str,  # noqa: A002 - it is one
+    run_id: str,
+    /,
     *,
     wait: Annotated[float, Parameter(help="Wait for it for so many seconds.")] = 0.0,
     as_json: AsJson = False,
 ) -> int:
     """Print the answer of a run."""
     with _client() as client:
-        run = client.run(id)
+        run = client.run(run_id)
         try:
             payload = run.payload(timeout=max(0.0, wait))
         except TimeoutError:
-            _say(f"the run {id} has no answer yet", f"headrace result {id} --wait 60")
+            _say(f"the run {run_id} has no answer yet", f"headrace result {run_id} --wait 60")
             return RUN_FAILED
         if as_json:
             _print_json(_shown(payload))
@@ -266,36 +278,38 @@ def result(
 
 
 @app.command
-def watch(id: str | None = None, *, as_json: AsJson = False) -> int:  # noqa: A002 - it is one
+def watch(run_id: str | None = None, /, *, as_json: AsJson = False) -> int:
     """Follow one run to its end, or all runs until Ctrl-C.
 
     Args:
-        id: the run; all runs if it is not given.
+        run_id: the run; all runs if it is not given.
     """
     out = render.console()
     with _client(patience_s=30.0) as client:
-        run = None if id is None else client.run(id)
+        run = None if run_id is None else client.run(run_id)
         with closing(client.stream() if run is None else run.follow()) as events:
             for event in events:
                 if as_json:
                     print(render.as_json(event), flush=True)
                 else:
-                    out.print(render.event_line(event, with_run=run is None))
+                    out.print(render.event_line(event, with_run=run is None), soft_wrap=True)
         return GOOD if run is None else _standing(run.ended())
 
 
 @app.command
-def cancel(id: str) -> None:  # noqa: A002 - it is one
+def cancel(run_id: str, /) -> None:
     """Stop a run: what waits is dropped, what runs is stopped."""
     with _client() as client:
-        client.cancel(id)
-    print(f"{id} canceled")
+        client.cancel(run_id)
+    print(f"{run_id} canceled")
 
 
 # ---------------------------------------------------------------- in and out
 
 
 def _client(patience_s: float = PATIENCE_S) -> Client:
+    from headrace.sync import Client  # here, because the commands that run servers have no use for it
+
     return Client(patience_s=patience_s)
 
 
@@ -364,16 +378,16 @@ def _print_all(name: str, views: list[Any], table: Callable[[Iterable[Any]], Any
 
 def _say(what: str, hint: str = "") -> None:
     out = render.console(sys.stderr)
-    out.print(Text(render.clean(what)))
+    out.print(Text(render.clean(what)), soft_wrap=True)
     if hint:
-        out.print(Text(f"hint: {render.clean(hint)}"))
+        out.print(Text(f"hint: {render.clean(hint)}"), soft_wrap=True)
 
 
 def _tell(error: HeadraceError) -> int:
     """Print an error: what, which, and what to do about it. Return the exit code it stands for."""
     _say(f"error: {error}", error.hint)
     if isinstance(error, RunFailed | LoadError) and error.traceback:
-        render.console(sys.stderr).print(Text(render.clean(error.traceback.rstrip())))
+        render.console(sys.stderr).print(Text(render.clean(error.traceback.rstrip())), soft_wrap=True)
     if isinstance(error, PlatformUnreachable | Overloaded):
         return UNREACHABLE
     return RUN_FAILED if isinstance(error, RunFailed) else WRONG_USAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import traceback
 from collections.abc import Iterable
@@ -59,9 +60,9 @@ def is_ours(filename: str) -> bool:
     return filename.startswith((_OURS, "<frozen importlib", "<frozen runpy"))
 
 
-def is_loop(filename: str) -> bool:
-    """Return whether a frame of this file belongs to the event loop that runs an async function."""
-    return filename.startswith(_LOOP)
+def is_above(filename: str) -> bool:
+    """Return whether a frame of this file, above all of the user's, only led there: the event loop, the import."""
+    return filename.startswith(_LOOP) or filename == importlib.__file__
 
 
 def shorten(text: str, chars_max: int) -> str:
@@ -97,8 +98,8 @@ def _with_hint(error: HeadraceError) -> str:
 def _cut(shown: traceback.TracebackException) -> bool:
     """Cut our frames from a traceback and all that it is chained to; return whether frames of the user's are left."""
     frames = [frame for frame in shown.stack if not is_ours(frame.filename)]
-    while frames and is_loop(frames[0].filename):
-        frames.pop(0)  # the loop that runs an async function is above it, and nobody's business
+    while frames and is_above(frames[0].filename):
+        frames.pop(0)
     shown.stack = traceback.StackSummary.from_list(frames)
     linked: Iterable[traceback.TracebackException | None] = (
         shown.__cause__,

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import cloudpickle
 from msgspec import Struct
 
+from headrace.answers import value_of
 from headrace.errors import BadRequest, HeadraceError, RunFailed
 from headrace.failures import error_text
 from headrace.following import has_answer
-from headrace.handle import value_of
 from headrace.model import StreamEvent
 from headrace.transport import delays
 from headrace.wire import PICKLE, Payload

@@ -7,10 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import msgspec
-
+from headrace.answers import value_of
 from headrace.following import is_end
-from headrace.media import charset, is_json, is_text
 from headrace.model import FINAL, Quote, RunRef, RunState, RunView, StreamEvent
 from headrace.transport import delays
 from headrace.wire import Payload
@@ -112,15 +110,3 @@ class AsyncRun:
             Conflict: it has succeeded or failed already.
         """
         await self._platform.cancel(self.run_id)
-
-
-def value_of(payload: Payload) -> Any:
-    """Return what an answer says: JSON decoded, text as text, everything else as bytes. Nothing is ever unpickled."""
-    if is_json(payload.type):
-        return msgspec.json.decode(payload.body)
-    if is_text(payload.type):
-        try:
-            return payload.body.decode(charset(payload.type))
-        except (LookupError, UnicodeDecodeError):
-            return payload.body
-    return payload.body

@@ -145,10 +145,8 @@ def _by_value(shipped: dict[str, str]) -> Iterator[None]:
     """Let cloudpickle carry the contents of the user's own modules, except those that travel as files."""
     added = []
     try:
-        for name, module in list(sys.modules.items()):
-            if not _is_own(module) or name != module.__name__ or name in cloudpickle.list_registry_pickle_by_value():
-                continue
-            place = name.replace(".", "/")
+        for module in _own_modules():
+            place = module.__name__.replace(".", "/")
             if f"{place}.py" not in shipped and f"{place}/__init__.py" not in shipped:
                 cloudpickle.register_pickle_by_value(module)
                 added.append(module)
@@ -156,6 +154,18 @@ def _by_value(shipped: dict[str, str]) -> Iterator[None]:
     finally:
         for module in added:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+_own: tuple[list[str], list[ModuleType]] = ([], [])
+
+
+def _own_modules() -> list[ModuleType]:
+    """Return the user's own modules that cloudpickle would name only; looked for again when others are imported."""
+    global _own
+    names = list(sys.modules)
+    if names != _own[0]:
+        _own = names, [module for name in names if _is_own(module := sys.modules[name]) and module.__name__ == name]
+    return [module for module in _own[1] if module.__name__ not in cloudpickle.list_registry_pickle_by_value()]
 
 
 def _is_own(module: object, folder: Path | None = None) -> bool:

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +29,12 @@ def is_local(module: ModuleType) -> bool:
     if module.__name__ == "__main__":
         return False
     home = _home(module)
-    if home is None or _INSTALLED.intersection(home.parts):
+    return home is not None and _is_own(home)
+
+
+@cache
+def _is_own(home: Path) -> bool:
+    if _INSTALLED.intersection(home.parts):
         return False
     return not any(home.is_relative_to(place) for place in (*_PYTHON, _HEADRACE))
 
@@ -42,7 +48,12 @@ def _home(module: ModuleType) -> Path | None:
         except KeyError:  # a namespace package asks its parent for its path, which may be gone
             return None
         file = folders[0] if folders else None
-    return Path(file).resolve() if isinstance(file, str) else None
+    return _resolved(file) if isinstance(file, str) else None
+
+
+@cache
+def _resolved(file: str) -> Path:
+    return Path(file).resolve()
 
 
 def root_of(module: ModuleType) -> Path | None:

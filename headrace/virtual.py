@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from headrace.answers import value_of
 from headrace.binding import Binding
 from headrace.context import Context
 from headrace.errors import NotFound, RunCanceled, RunFailed, TooLarge, UserError
 from headrace.failures import told, worth_another_try
-from headrace.handle import value_of
 from headrace.model import ErrorInfo, Event, InvocationState, RunState
 from headrace.names import invocation_id
 from headrace.sdk import declaration, function_name

@@ -41,6 +41,9 @@ def main() -> NoReturn:
         code = app(exit_on_error=False, print_error=True)
     except CycloptsError:
         sys.exit(WRONG_USAGE)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except HeadraceError as error:
         print(f"headrace: {error}", file=sys.stderr)
         if error.hint:

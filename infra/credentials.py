@@ -60,14 +60,14 @@ def read_secret(path: Path, setting: str) -> str:
         BadSecretFile: it is not there, is empty or too large, or others could read or change it.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
     except OSError as error:
         raise BadSecretFile(
             f"{setting}: {path} cannot be read: {error.strerror}",
             hint="Create it with mode 0600, or name another file.",
         ) from error
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(file.fileno())
+    try:
+        found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise BadSecretFile(f"{setting}: {path} is not a file", hint="Name the file that holds the secret.")
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o077:
@@ -75,7 +75,9 @@ def read_secret(path: Path, setting: str) -> str:
                 f"{setting}: {path} is open to others (mode {stat.S_IMODE(found.st_mode):04o}, owner {found.st_uid})",
                 hint=f"chmod 600 {path}",
             )
-        text = file.read(SECRET_BYTES_MAX + 1).decode("utf-8", "replace").strip()
+        text = os.read(handle, SECRET_BYTES_MAX).decode("utf-8", "replace").strip()
+    finally:
+        os.close(handle)
     if not text or len(text) >= SECRET_BYTES_MAX or any(ord(c) < 32 or c == "\ufffd" for c in text):
         raise BadSecretFile(
             f"{setting}: {path} holds no usable secret", hint="It should hold one line of text with the secret."

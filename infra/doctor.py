@@ -179,7 +179,7 @@ def _syncs(folder: Path) -> Finding:
     """Time what each acceptance waits for: a small write that has reached the disk."""
     took: list[float] = []
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
             for _ in range(SYNC_TRIES):
                 began = time.perf_counter()
                 file.write(b"x" * 256)

@@ -24,7 +24,7 @@ from infra.probe import ask, http_get
 from infra.process import Child, NotStarted
 from infra.rights import ACCOUNT, RIGHTS, SYSTEM, accounts
 from infra.settings import GIB, MIB
-from infra.staging import is_linked, link_staging, remove_staging
+from infra.staging import Staging
 from streams.topology import STREAM
 
 LOOPBACK = "127.0.0.1"
@@ -116,7 +116,8 @@ class NatsServer:
         self.monitor_port = 0
         self._passwords = {role: new_secret() for role in (*RIGHTS, SYSTEM)}
         self._child: Child | None = None
-        self._staging: asyncio.Task[None] | None = None
+        self._staging = Staging(str(self.data))
+        self._staging_kept: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -185,30 +186,30 @@ class NatsServer:
 
     async def stage_in_memory(self) -> bool:
         """Let the log's batches be staged in memory, from now on and after each restart; False where that cannot be."""
-        linked = await link_staging(self.stream_dir(), str(self.data))
-        if linked and self._staging is None:
-            self._staging = asyncio.create_task(self._keep_staging(), name="keep-staging")
+        linked = await self._staging.link(self.stream_dir())
+        if linked and self._staging_kept is None:
+            self._staging_kept = asyncio.create_task(self._keep_staging(), name="keep-staging")
         return linked
 
     async def stop(self) -> None:
         """End it and return once it is gone."""
-        if self._staging is not None:
-            self._staging.cancel()
-            await asyncio.gather(self._staging, return_exceptions=True)
-            self._staging = None
+        if self._staging_kept is not None:
+            self._staging_kept.cancel()
+            await asyncio.gather(self._staging_kept, return_exceptions=True)
+            self._staging_kept = None
         if self._child is not None:
             await self._child.stop()
-        remove_staging(str(self.data))
+        self._staging.remove()
 
     async def _after_start(self) -> None:
-        if self._staging is not None:  # the server has just removed the link
+        if self._staging_kept is not None:  # the server has just removed the link
             await self.stage_in_memory()
 
     async def _keep_staging(self) -> None:
-        """Mend the link when its target is gone: some systems clear a user's shared memory when he logs out."""
+        """Mend the link when its target is gone: some systems clear shared memory when its user logs out."""
         while True:
             await asyncio.sleep(STAGING_LOOK_S)
-            if not is_linked(self.stream_dir(), str(self.data)):
+            if not self._staging.is_linked(self.stream_dir()):
                 await self.stage_in_memory()
 
     async def _answers(self) -> bool:

@@ -23,6 +23,7 @@ from infra.credentials import read_secret
 
 PREFIX = "HEADRACE_"
 CONFIG = "HEADRACE_CONFIG"
+OPTIONS = {"port": "--port", "data_dir": "--data", "worker_slots": "--workers"}
 FOR_CLIENTS = frozenset({"HEADRACE_URL", "HEADRACE_TOKEN"})
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -181,7 +182,7 @@ def load(environ: Mapping[str, str], **options: object) -> Settings:
         values[key] = _cast(key, text, variable)
     for key, given in options.items():
         if given is not None:
-            values[key] = _cast(key, given, "--" + key.replace("_", "-"))
+            values[key] = _cast(key, given, OPTIONS.get(key, key))
     return Settings(**values)
 
 
@@ -213,11 +214,12 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _unknown(name: str, where: str, known: list[str]) -> BadSetting:
-    likely = name.upper() if known[0].isupper() else name.lower()
-    near = difflib.get_close_matches(likely, known, n=1, cutoff=0.6)
+    # The prefix, which all share, would make all look alike.
+    bare = {other.removeprefix(PREFIX).lower(): other for other in known}
+    near = difflib.get_close_matches(name.removeprefix(PREFIX).lower(), bare, n=1, cutoff=0.6)
     return BadSetting(
         f"{where}{name} is not a setting",
-        hint=f"Did you mean {near[0]}?" if near else "The settings are listed in the README.",
+        hint=f"Did you mean {bare[near[0]]}?" if near else "The settings are listed in the README.",
     )
 
 

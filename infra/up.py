@@ -27,9 +27,9 @@ from headrace.errors import Unavailable
 from infra import rights, services
 from infra.credentials import kept_secret, private_folder, write_private
 from infra.embedded import NatsServer, RedisServer
-from infra.probe import http_get
 from infra.locking import lock
 from infra.logfile import LogFile
+from infra.probe import http_get
 from infra.process import Child
 from infra.readiness import ReadyPipe
 from infra.settings import PREFIX, BadSetting, Settings, env_name, environment
@@ -104,7 +104,6 @@ class Platform:
 
     async def stop(self) -> None:
         """Stop everything, those that take work first and the log last. Safe to repeat."""
-        self._file("url").unlink(missing_ok=True)
         await self._stack.aclose()
 
     def _file(self, name: str) -> Path:
@@ -113,7 +112,7 @@ class Platform:
     async def _start(self) -> None:
         held = lock(self.data)
         self._stack.callback(os.close, held)
-        self._file("url").unlink(missing_ok=True)
+        self._file("url").unlink(missing_ok=True)  # of one that was killed
         listening = _listen(self.settings.host, self.settings.port)
         self._stack.callback(listening.close)
         private_folder(self.data / "logs")
@@ -137,6 +136,7 @@ class Platform:
         await _all(*(child.start() for child in self._children.values()))
         host, port = _reachable(self.settings.host), listening.getsockname()[1]
         await _until_ready(host, port)
+        self._stack.callback(self._file("url").unlink, missing_ok=True)  # last to come, first to go
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         write_private(self._file("url"), url + "\n")
         self.url = url

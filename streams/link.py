@@ -60,8 +60,9 @@ class Link:
                 _log.exception("after a reconnect, %r failed", act)
 
     async def gone(self) -> None:
-        """Called by the client when the connection is lost."""
-        _log.warning("the connection to NATS is gone; trying again for ever")
+        """Called by the client when the connection is lost, and when it is closed on purpose."""
+        if not self.nc.is_closed:
+            _log.warning("the connection to NATS is gone; trying again for ever")
 
     async def failed(self, error: Exception) -> None:
         """Called by the client when something goes wrong in the background."""

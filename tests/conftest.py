@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from infra.rights import ADMIN
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log
+from tests.platforms import UpProcess
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
@@ -24,6 +25,18 @@ def pytest_runtest_makereport(
     """Turn a skip into a failure under CI: there, everything that a test needs has to be installed."""
     report = yield
     if CI and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Hold whole files to the same rule."""
+    report = yield
+    if CI and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"skipped, which CI=true does not allow: {report.longrepr}"
     return report
@@ -71,3 +84,23 @@ async def log(link: Link) -> AsyncIterator[Log]:
     await opened.start()
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> Iterator[UpProcess]:
+    """A whole platform of its own, started with ``headrace up`` and ready: ``url``, ``token``, ``data``, ``pid``."""
+    process = UpProcess(tmp_path / "headrace")
+    try:
+        yield process.wait_ready()
+    finally:
+        process.end()
+
+
+@pytest.fixture(scope="session")
+def shared_platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
+    """One platform for all tests that only add to it: names and ids of their own, nothing stopped or killed."""
+    process = UpProcess(tmp_path_factory.mktemp("shared") / "headrace")
+    try:
+        yield process.wait_ready()
+    finally:
+        process.end()

@@ -28,16 +28,12 @@ CODE = {"kind": "source", "name": "f", "module": "user", "files": {"user.py": "d
 
 
 @dataclass
-class Door:
-    """A gateway on a free port, and what is behind it."""
+class Front:
+    """A gateway on a free port, and a client with its token."""
 
     url: str
     http: aiohttp.ClientSession
     runner: Runner
-    log: MemoryLog
-    reader: MemoryReader
-    tables: MemoryTables
-    blobs: FolderBlobs
 
     async def ask(self, method: str, path: str, **options: Any) -> tuple[int, Any, aiohttp.ClientResponse]:
         async with self.http.request(method, self.url + path, **options) as answer:
@@ -69,6 +65,16 @@ class Door:
         status, said, _ = await self.ask("POST", f"/v1/triggers/{route}", **options)
         assert status == 202, said
         return msgspec.convert(said, RunRef)
+
+
+@dataclass
+class Door(Front):
+    """A gateway, and what is behind it in memory."""
+
+    log: MemoryLog
+    reader: MemoryReader
+    tables: MemoryTables
+    blobs: FolderBlobs
 
     def firsts(self) -> list[Invocation]:
         """Return all accepted first invocations, in order."""
@@ -131,6 +137,11 @@ class Doors:
             version="1.2.3",
             limits=GatewayLimits(**{"disk_bytes_min": 0, **limits}),
         )
+        front = await self.serve(app)
+        return Door(front.url, front.http, front.runner, log, reader, tables, blobs)
+
+    async def serve(self, app: web.Application) -> Front:
+        """Serve an application on a free port."""
         runner = Runner(app)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
@@ -139,4 +150,4 @@ class Doors:
             aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"})
         )
         host, port = runner.addresses[0][:2]
-        return Door(f"http://{host}:{port}", http, runner, log, reader, tables, blobs)
+        return Front(f"http://{host}:{port}", http, runner)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,11 +17,12 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 
-from infra import embedded, staging
+from infra import embedded
 from infra.embedded import NatsServer, RedisServer
 from infra.logfile import LogFile
 from infra.process import Child, NotStarted
 from infra.rights import ADMIN, GATEWAY, LEDGER, RIGHTS, SYSTEM, WORKER
+from infra.staging import Staging
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log, Record
@@ -354,32 +356,34 @@ def test_a_log_file_is_kept_below_its_size_and_its_end_is_kept(tmp_path: Path) -
 # ---------------------------------------------------------------- staging
 
 
+async def _staged_in_memory(server: NatsServer) -> Staging:
+    if not await server.stage_in_memory():
+        pytest.skip("needs 256 MiB free in /dev/shm")
+    return Staging(str(server.data))
+
+
 async def test_batches_are_staged_in_memory_and_again_after_a_restart(nats_server: NatsServer, log: Log) -> None:
     async def append(count: int) -> None:
         subjects = [f"hr.note.run.{log.last_seq}-{n}" for n in range(count)]
         await asyncio.gather(*(log.append([Record(s, b"x")], timeout_s=20) for s in subjects))
 
     await append(64)
-    if not await nats_server.stage_in_memory():
-        pytest.skip("needs 256 MiB free in /dev/shm")
+    staging = await _staged_in_memory(nats_server)
     await append(64)
-    place = nats_server.stream_dir() / "batches"
-    folder = staging.staging_folder(str(nats_server.data))
-    assert place.readlink() == folder
-    assert _mode(folder) == 0o700
+    assert (nats_server.stream_dir() / "batches").readlink() == staging.folder
+    assert _mode(staging.folder) == 0o700
     pid = nats_server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     await append(64)
-    await until(lambda: staging.is_linked(nats_server.stream_dir(), str(nats_server.data)))
+    await until(lambda: staging.is_linked(nats_server.stream_dir()))
     assert await log.end_seq() == 3 * 64
     await nats_server.stop()
-    assert not folder.exists()
+    assert not staging.folder.exists()
 
 
-async def test_linking_under_load_loses_nothing(nats_server: NatsServer, log: Log, tmp_path: Path) -> None:
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("needs /dev/shm")
+async def test_linking_under_load_loses_nothing(nats_server: NatsServer, log: Log) -> None:
+    await _staged_in_memory(nats_server)
     stop = False
 
     async def caller(name: int) -> list[int]:
@@ -390,10 +394,10 @@ async def test_linking_under_load_loses_nothing(nats_server: NatsServer, log: Lo
 
     callers = [asyncio.create_task(caller(n)) for n in range(40)]
     for _ in range(20):
-        assert await nats_server.stage_in_memory()
         (nats_server.stream_dir() / "batches").unlink()  # as if it had never been: the server makes a folder again
         before = log.last_seq
         await until(lambda: log.last_seq > before + 40)  # noqa: B023 - read within this turn
+        assert await nats_server.stage_in_memory()
     stop = True
     stored = [seq for part in await asyncio.gather(*callers) for seq in part]
     assert len(stored) == len(set(stored)) == await log.end_seq()
@@ -403,26 +407,44 @@ async def test_a_staging_folder_of_somebody_else_is_not_used(tmp_path: Path) -> 
     stream, memory, elsewhere = tmp_path / "stream", tmp_path / "memory", tmp_path / "elsewhere"
     for folder in (stream, memory, elsewhere):
         folder.mkdir()
-    trap = staging.staging_folder("key", memory)
-    trap.symlink_to(elsewhere)
-    assert not await staging.link_staging(stream, "key", memory)
-    trap.unlink()
-    trap.mkdir(mode=0o777)
-    trap.chmod(0o777)
-    assert not await staging.link_staging(stream, "key", memory)
+    staging = Staging("key", memory)
+    staging.folder.symlink_to(elsewhere)
+    assert not await staging.link(stream)
+    staging.folder.unlink()
+    staging.folder.mkdir()
+    staging.folder.chmod(0o777)
+    assert not await staging.link(stream)
     assert not (stream / "batches").exists()
+    staging.remove()
+    assert staging.folder.exists()
 
 
 async def test_without_memory_to_stage_in_nothing_is_changed(tmp_path: Path) -> None:
     (tmp_path / "stream" / "batches").mkdir(parents=True)
-    assert not await staging.link_staging(tmp_path / "stream", "key", tmp_path / "nowhere")
+    assert not await Staging("key", tmp_path / "nowhere").link(tmp_path / "stream")
     assert (tmp_path / "stream" / "batches").is_dir()
 
 
 async def test_a_cleared_staging_folder_is_made_again(nats_server: NatsServer, log: Log) -> None:
-    if not await nats_server.stage_in_memory():
-        pytest.skip("needs 256 MiB free in /dev/shm")
-    staging.remove_staging(str(nats_server.data))
-    await until(lambda: staging.is_linked(nats_server.stream_dir(), str(nats_server.data)))
+    staging = await _staged_in_memory(nats_server)
+    shutil.rmtree(staging.folder)
+    await until(lambda: staging.is_linked(nats_server.stream_dir()))
     seqs = await asyncio.gather(*(log.append([Record(f"hr.note.run.{n}", b"x")]) for n in range(40)))
     assert len(seqs) == 40
+
+
+async def test_staging_folders_of_killed_platforms_are_swept_up_and_those_in_use_are_not(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    streams = [tmp_path / name for name in ("killed", "running", "new")]
+    for folder in (memory, *streams):
+        folder.mkdir()
+    killed, running, new = (Staging(str(stream), memory) for stream in streams)
+    for staging, stream in ((killed, streams[0]), (running, streams[1])):
+        assert await staging.link(stream)
+    assert killed._lock is not None
+    os.close(killed._lock)  # what the kernel does when a process is killed
+    assert await new.link(streams[2])
+    assert [s.folder.exists() for s in (killed, running, new)] == [False, True, True]
+    running.remove()
+    new.remove()
+    assert list(memory.iterdir()) == []

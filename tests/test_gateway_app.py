@@ -14,7 +14,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from yarl import URL
 
-from gateway import page
+from gateway import page, server
 from gateway.app import DRAINING
 from gateway.problems import MEANINGS, KeyReused, meaning_of
 from gateway.table import ENDPOINTS
@@ -122,6 +122,18 @@ async def test_broken_http_is_a_problem_that_names_no_software(door: Door, raw: 
     assert b"application/problem+json" in said
     assert b"aiohttp" not in said
     assert b"Python" not in said
+
+
+async def test_half_a_head_of_a_request_does_not_hold_a_connection(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADERS_S_MAX", 0.05)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(door.url.rsplit(":", 1)[1]))
+    writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 200 " in await reader.readline()
+    writer.write(b"GET /livez HTTP/1.1\r\nHos")
+    async with asyncio.timeout(10):
+        while await reader.read(1000):
+            pass
+    writer.close()
 
 
 # ---------------------------------------------------------------- the token

@@ -7,7 +7,7 @@ import re
 import signal
 from contextlib import suppress
 
-from headrace.failures import TRACEBACK_CHARS_MAX, is_loop, is_ours, shorten
+from headrace.failures import TRACEBACK_CHARS_MAX, is_above, is_ours, shorten
 
 WORDS_BYTES_MAX = 64 * 1024
 
@@ -41,8 +41,8 @@ def last_words(descriptor: int) -> str:
     frames = [
         match for match in _FRAME.findall(text.rpartition("(most recent call first)")[2]) if not is_ours(match[0])
     ]
-    while frames and is_loop(frames[-1][0]):
-        frames.pop()  # it runs async functions; the outermost frame comes last here
+    while frames and is_above(frames[-1][0]):
+        frames.pop()  # the outermost frame comes last here
     if not frames:
         return ""
     lines = [f'  File "{path}", line {line}, in {name}' for path, line, name in reversed(frames)]

@@ -50,7 +50,6 @@ export async function ask(path, { signal, headers } = {}) {
     cache: "no-store",
     credentials: "omit",
     redirect: "error",
-    referrerPolicy: "no-referrer",
   });
   learnClock(response);
   if (response.status >= 400) throw await problem(response);
@@ -69,12 +68,8 @@ async function problem(response) {
   return new Problem(response.status, said.detail || said.title || `HTTP ${response.status}`, said.hint ?? "");
 }
 
-/**
- * @param {string} path
- * @param {{signal?: AbortSignal}} [options]
- * @returns {Promise<any>}
- */
-export const askJson = async (path, options) => (await ask(path, options)).json();
+/** @param {string} path @returns {Promise<any>} */
+export const askJson = async (path) => (await ask(path)).json();
 
 /**
  * Read a body as text up to a limit, and leave the rest: an answer may have gigabytes.

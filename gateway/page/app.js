@@ -16,8 +16,8 @@ const CALM_MS = 250;
 const BUSY_MS = 1000;
 const BUSY_CHANGES = 8;
 const QUIET_S_MAX = 12;
-const REGISTERED_EVERY_MS = 30_000;
-const SNAPSHOT_AGAIN_MS = 10_000;
+const REGISTERED_EVERY_MS = 5_000;
+const SNAPSHOT_AGAIN_MS = 5_000;
 const SILENCE_MS = 10_000;
 const ASK_EVERY_MS = 200;
 
@@ -35,7 +35,7 @@ let asking = false;
 let partial = false;
 let snapshotAt = 0;
 
-// ------------------------------------------------------------------ the door
+// ---- the door
 
 /** @param {Problem | null} problem */
 function showDoor(problem) {
@@ -72,7 +72,7 @@ function refused(problem) {
   showDoor(problem);
 }
 
-// ------------------------------------------------------------------ what comes in
+// ---- what comes in
 
 /** @returns {Promise<void>} */
 function startAfresh() {
@@ -163,7 +163,7 @@ function routeLine({ name, route }) {
 /** @param {any} view */
 const functionLine = ({ name, version }) => ({ name, text: `version ${version}` });
 
-// ------------------------------------------------------------------ what is drawn
+// ---- what is drawn
 
 /** Draw soon: at once where little happens, once a second where nobody could read faster anyway. */
 function changed() {

@@ -22,7 +22,7 @@ const PARTS = [
   ["commit_s", "commit"],
 ];
 
-// ------------------------------------------------------------------ words
+// ---- words
 
 /** @param {Run} run */
 export const ended = (run) => run.endedAt !== null;
@@ -47,7 +47,7 @@ export function mostly(run) {
   return most ? `mostly ${most.name}, ${took(most.seconds)}` : "";
 }
 
-// ------------------------------------------------------------------ rows
+// ---- rows
 
 /** @param {Runs} runs @param {number} at */
 export function drawEnded(runs, at) {
@@ -142,17 +142,27 @@ async function fetchAnswer(run, answer, note) {
   if (response.status === 202) return say(answer, "No answer yet.");
   const readable = type.endsWith("json") || type.startsWith("text/");
   const { text, bytes, whole } = await readSome(response, ANSWER_BYTES_MAX);
-  say(answer, readable ? pretty(text, type, whole) : `${whole ? bytes : `more than ${bytes}`} bytes of ${type || "no stated type"}`);
+  say(answer, readable ? (type.endsWith("json") ? lay(text) : text) : `${whole ? bytes : `more than ${bytes}`} bytes of ${type || "no stated type"}`);
   if (whole && readable) return;
   note.replaceChildren(readable ? `The first ${ANSWER_BYTES_MAX / 1000} kB. ` : "", "All of it: ", make("code", "", `headrace result ${run.id}`));
 }
 
-/** @param {string} text @param {string} type @param {boolean} whole */
-function pretty(text, type, whole) {
-  if (!whole || !type.endsWith("json")) return text;
-  try {
-    return JSON.stringify(JSON.parse(text), null, 2);
-  } catch {
-    return text;
+/**
+ * JSON, indented, with a list of plain values on one line. Each literal stays as it is written, because a number that
+ * went through JavaScript might come out as another; and a text that was cut off is laid out as well.
+ * @param {string} text
+ */
+function lay(text) {
+  const token = /\[(?:[^[\]{}"]|"(?:[^"\\]|\\.)*")*\]|\{\s*\}|"(?:[^"\\]|\\.)*"?|[[\]{},:]|[^\s[\]{},:"]+/g;
+  const pad = () => "\n".padEnd(1 + 2 * Math.min(depth, 40));
+  let depth = 0;
+  let out = "";
+  for (const [part] of text.matchAll(token)) {
+    if (part === "[" || part === "{") depth++, (out += part + pad());
+    else if (part === "]" || part === "}") depth--, (out += pad() + part);
+    else if (part === ",") out += part + pad();
+    else if (part === ":") out += ": ";
+    else out += part.startsWith("[") ? part.replace(/("(?:[^"\\]|\\.)*")|\s*,\s*/g, (_, string) => string ?? ", ") : part;
   }
+  return out;
 }

@@ -47,7 +47,7 @@ const RANK = { accepted: 1, running: 2, succeeded: 3, failed: 3, canceled: 3 };
 export class Runs {
   /** @type {Map<string, Run>} in order of arrival */
   open = new Map();
-  /** @type {Map<string, Run>} in order of their ends */
+  /** @type {Map<string, Run>} */
   ended = new Map();
   /** Some open runs are not held any more. */
   overflown = false;
@@ -83,7 +83,7 @@ export class Runs {
     run.steps.clear();
     this.ended.set(run.id, run);
     if (run.state === "succeeded" && run.took !== null) this.#usual.learn(run.route, run.took);
-    if (this.ended.size > ENDED_MAX) this.ended.delete(first(this.ended));
+    if (this.ended.size > ENDED_MAX) this.ended.delete(this.newestEnded()[ENDED_MAX].id);
     if (this.open.size === 0) this.overflown = false;
   }
 
@@ -134,10 +134,9 @@ export class Runs {
     this.overflown = false;
   }
 
-  /** @param {any[]} views of a snapshot, in any order @param {number} at */
+  /** @param {any[]} views of a snapshot @param {number} at */
   takeAll(views, at) {
-    const byEnd = [...views].sort((a, b) => (instant(a.ended_at) ?? 0) - (instant(b.ended_at) ?? 0));
-    for (const data of byEnd) this.take({ ...data, invocations: undefined }, at);
+    for (const data of views) this.take({ ...data, invocations: undefined }, at);
   }
 
   /** @param {string} id of a run that the platform does not know any more */
@@ -202,7 +201,7 @@ export class Runs {
   }
 
   newestEnded() {
-    return [...this.ended.values()].reverse();
+    return [...this.ended.values()].reverse().sort((a, b) => (b.endedAt ?? 0) - (a.endedAt ?? 0));
   }
 }
 

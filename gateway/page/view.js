@@ -16,7 +16,7 @@ const DRAWN_AFTER_MS = 400;
 /** For so long a late run leads the page; then one that can still be in time does. */
 const LATE_LEADS_MS = 60_000;
 
-// ------------------------------------------------------------------ 1. the headline
+// ---- the headline
 
 /** @param {Runs} runs @param {number} at @param {number} quiet seconds without news, if that is too long */
 export function drawHeadline(runs, at, quiet) {
@@ -86,7 +86,7 @@ function doing(step) {
 /** @param {Runs} runs @param {number} at those old enough to be drawn, of which enough is known, the most urgent first */
 const drawable = (runs, at) => runs.byUrgency().filter((run) => run.acceptedAt !== null && at - run.seenAt >= DRAWN_AFTER_MS);
 
-// ------------------------------------------------------------------ 2. in flight
+// ---- in flight
 
 /** @param {Runs} runs @param {number} at */
 export function drawOpen(runs, at) {
@@ -125,7 +125,7 @@ function tickRow(row, run, runs, at) {
   /** @type {HTMLElement} */ (bar.firstElementChild).style.transform = `scaleX(${part.toFixed(4)})`;
 }
 
-// ------------------------------------------------------------------ 4. the last minute
+// ---- the last minute
 
 /** @param {Rates} rates @param {number} at @param {number} since when counting began */
 export function drawRates(rates, at, since) {
@@ -144,7 +144,7 @@ export function drawRates(rates, at, since) {
   say(byId("rates-note"), seconds < 60 ? `Counted since this page opened, ${left(seconds)} ago.` : "");
 }
 
-// ------------------------------------------------------------------ 5. what is registered
+// ---- what is registered
 
 /** @typedef {{name: string, text: string}} Line */
 

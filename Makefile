@@ -1,0 +1,73 @@
+# Works on a fresh machine with Python 3.11 or newer and make: `make demo`, `make test`.
+
+VENV := .venv
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13 python3.14; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+LOCK_VENV := build/lock
+DEBIAN := redis-server chromium
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench lock debian clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.platform ## real triggers in, right answers out, on a platform of its own; STAY=1 leaves it up
+	@$(PY) -P -m infra demo $(if $(filter-out 0,$(STAY)),--stay)
+
+test: $(VENV)/.dev debian ## all tests, on real servers; ARGS="-k word" passes arguments to pytest
+	@$(PY) -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## format, lint and types
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+bench: $(VENV)/.platform ## the figures of the README, measured here
+	@$(PY) -P -m infra.bench $(ARGS)
+
+# ---------------------------------------------------------------- installing
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "Headrace needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian: apt-get install python3-venv"; exit 1; }
+
+# Everything comes from the lock with its hash; the package itself is then linked without asking any index again.
+$(VENV)/.platform: requirements.lock pyproject.toml | $(PY)
+	@echo "Installing Headrace into $(VENV)"
+	@$(PIP) install --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock pyproject.toml | $(PY)
+	@echo "Installing Headrace and what its tests need into $(VENV)"
+	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+debian:
+	@missing=""; for p in $(DEBIAN); do command -v $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	test -z "$$missing" && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+		echo "Installing$$missing"; \
+		export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+		{ apt-get -qq update && apt-get -qq install --yes --no-install-recommends $$missing; } >/dev/null \
+		|| echo "Could not install$$missing: tests that need them are skipped"; \
+	else echo "Not installed:$$missing. Tests that need them are skipped"; fi
+
+# ---------------------------------------------------------------- keeping
+
+lock: ## choose the newest allowed versions anew and write both lock files
+	@$(PYTHON) -m venv $(LOCK_VENV) && $(LOCK_VENV)/bin/pip install --quiet --upgrade uv
+	@$(LOCK_VENV)/bin/uv pip compile $(LOCK_OPTIONS) --extra platform --output-file requirements.lock
+	@$(LOCK_VENV)/bin/uv pip compile $(LOCK_OPTIONS) --extra platform --extra dev --constraints requirements.lock \
+		--output-file requirements-dev.lock
+
+LOCK_OPTIONS := pyproject.toml --group build --universal --python-version 3.11 --generate-hashes --upgrade --quiet \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+clean: ## remove what was installed and built
+	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
