@@ -66,7 +66,7 @@ def parse_deadline(text: str, now: float) -> float:
 
 def format_instant(instant: float) -> str:
     """Return RFC 3339 UTC text with microseconds."""
-    return datetime.fromtimestamp(instant, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.fromtimestamp(instant, UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def maybe_instant(instant: float | None) -> str | None:

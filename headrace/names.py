@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from base64 import b32encode
-
 from headrace.errors import BadName
 
 NAME_RULE = "[A-Za-z0-9_-]{1,64}"
 _NAME = re.compile(NAME_RULE)
+_BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
+_PAIRS = [a + b for a in _BASE32 for b in _BASE32]
 
 
 def check_name(name: object, what: str = "name") -> str:
@@ -39,7 +39,15 @@ def _digest(*parts: str, size: int) -> str:
         raw = part.encode("utf-8", "surrogatepass")
         h.update(len(raw).to_bytes(4, "big"))
         h.update(raw)
-    return b32encode(h.digest()).decode().rstrip("=").lower()
+    return _base32(h.digest())
+
+
+def _base32(raw: bytes) -> str:
+    """Return lower-case base32 without padding, two characters at a time: ids are made for every message of the log."""
+    bits = len(raw) * 8
+    padding = -bits % 10
+    number = int.from_bytes(raw, "big") << padding
+    return "".join([_PAIRS[number >> shift & 1023] for shift in range(bits + padding - 10, -1, -10)])
 
 
 def run_id(tenant: str, source: str, event_id: str, route: str) -> str:
