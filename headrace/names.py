@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+
 from headrace.errors import BadName
 
 NAME_RULE = "[A-Za-z0-9_-]{1,64}"
@@ -56,7 +57,7 @@ def run_id(tenant: str, source: str, event_id: str, route: str) -> str:
 
 
 def invocation_id(parent: str, position: int | str) -> str:
-    """Derive the id of the invocation that ``parent`` (an invocation or run id) starts at ``position``: 16 characters."""
+    """Derive the id of the invocation that ``parent`` (an invocation or a run) starts at ``position``: 16 characters."""
     return _digest(parent, str(position), size=10)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from infra.cli import main
+from infra.lean import import_lean
 
 if __name__ == "__main__":
+    import_lean()
+
+    from infra.cli import main
+
     main()

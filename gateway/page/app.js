@@ -161,7 +161,7 @@ function routeLine({ name, route }) {
 }
 
 /** @param {any} view */
-const functionLine = ({ name, version }) => ({ name, text: `version ${version}` });
+const functionLine = ({ name, version }) => ({ name, text: version });
 
 // ---- what is drawn
 

@@ -94,7 +94,7 @@ export function drawOpen(runs, at) {
   sync(byId("open"), shown.slice(0, OPEN_ROWS), (run) => run.id, openRow, (row, run) => tickRow(row, run, runs, at));
   const more = shown.length - OPEN_ROWS;
   say(byId("flight-count"), runs.overflown ? `over ${runs.open.size}` : String(runs.open.size));
-  say(byId("open-note"), more > 0 ? `The ${OPEN_ROWS} most urgent are shown.` : shown.length ? "" : "Nothing is in flight.");
+  say(byId("open-note"), more > 0 ? `The ${OPEN_ROWS} most urgent are shown.` : shown.length ? "" : runs.open.size ? "All have just begun." : "Nothing is in flight.");
 }
 
 /** @param {Run} run */
