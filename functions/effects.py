@@ -119,7 +119,7 @@ def succeed(
         invocation, tried, "succeeded", result=result, answer=answer, children=plan.children, spent=plan.spent, end=end
     )
     plan.records.append(_done(outcome))
-    if len(plan.records) > UNIT_MESSAGES_MAX:
+    if len(plan.records) >= UNIT_MESSAGES_MAX:  # what the function said last goes in front of it
         raise TooLarge(
             f"the effects of one invocation start {len(plan.records) - 1} pieces of work at once",
             hint="Use one ctx.map(...) instead of many, or chain.",

@@ -13,6 +13,8 @@ from headrace.model import FINAL, Quote, RunRef, RunState, RunView, StreamEvent
 from headrace.transport import delays
 from headrace.wire import Payload
 
+_READABLE_S = 5.0  # what is known to be there is readable everywhere within a moment
+
 
 class Platform(Protocol):
     """What a run asks of the client it came from."""
@@ -77,6 +79,8 @@ class AsyncRun:
 
     async def payload(self, timeout: float | None = None) -> Payload:
         """Wait for the answer and return its bytes with their content type; raises what ``result`` raises."""
+        if timeout is not None and self.seen is not None and self.seen.state in FINAL:
+            timeout = max(timeout, _READABLE_S)  # it has ended, so this is not about waiting for it
         return await self._platform.answer(self.run_id, timeout)
 
     async def follow(self, after: int | None = None) -> AsyncGenerator[StreamEvent, None]:

@@ -79,7 +79,8 @@ class Intake:
         self._takers = 0
         self._busy_since = 0.0
         self._paused = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._keeping: asyncio.Task[None] | None = None
+        self._pausing: asyncio.Task[None] | None = None
 
     @property
     def held(self) -> int:
@@ -98,19 +99,24 @@ class Intake:
             await poll.start()
         await self._ask_all()
         self._busy_since = asyncio.get_running_loop().time()
-        self._tasks = [
-            asyncio.create_task(self._keep(), name="intake-keep"),
-            asyncio.create_task(self._pause_when_busy(), name="intake-pause"),
-        ]
+        self._keeping = asyncio.create_task(self._keep(), name="intake-keep")
+        self._pausing = asyncio.create_task(self._pause_when_busy(), name="intake-pause")
 
-    async def close(self) -> None:
-        """Stop asking, and hand back what has not been started."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def stop(self) -> None:
+        """Stop asking, and hand back what has not been started; what runs is still told to be in progress."""
+        if self._pausing is not None:
+            self._pausing.cancel()
+            await asyncio.gather(self._pausing, return_exceptions=True)
         for poll in self._polls:
             await poll.close()
         await self._give_back_held()
+
+    async def close(self) -> None:
+        """Stop, and leave what still runs to be delivered again."""
+        await self.stop()
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
 
     async def take(self) -> Delivery:
         """Return the delivery with the earliest deadline of all lanes, as soon as there is one."""

@@ -37,6 +37,7 @@ RUNS = "hr:runs"
 RECORDS_CACHED_MAX = 20_000
 WINDOW = 2048
 RETRY_S = 0.5
+LINGER_S = 0.02
 TRIM_AT_ONCE = 500
 PAGE_MAX = 1000
 SCAN_MAX = 20_000
@@ -78,6 +79,9 @@ class Writer:
             async for batch in batches:
                 if batch:
                     await self.step(batch)
+                    # A transaction costs the same for one fact and for hundreds: let some gather. Who reads in the
+                    # meantime is told from the log.
+                    await asyncio.sleep(LINGER_S)
                 elif int(await self._redis.get(POSITION) or 0) != self._position:
                     raise _Moved("it changed while nothing happened")
 

@@ -23,13 +23,14 @@ class UpProcess:
     """One ``headrace up`` and what it started. ``stop`` and ``kill`` check that nothing of it is left."""
 
     def __init__(self, data: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
-        """Start it on a free port, without waiting for anything."""
+        """Start it on a free port, or the one in the options, without waiting for anything."""
         self.data = data
         self.said = data.parent / f"{data.name}-{next(_numbers)}.out"
+        port = () if "--port" in options else ("--port", "0")
         environ = {name: text for name, text in os.environ.items() if not name.startswith("HEADRACE_")}
         with self.said.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "infra", "up", "--port", "0", "--data", str(data), *options],
+                [sys.executable, "-P", "-m", "infra", "up", *port, "--data", str(data), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

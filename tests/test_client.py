@@ -14,9 +14,10 @@ from uuid import uuid4
 
 import pytest
 
-from headrace import AsyncClient, Client, Event, function
+from headrace import AsyncClient, Client, Event, Run, function
 from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, Unauthorized
 from tests.platforms import UpProcess
+from tests.processes import wait_until
 
 USER_FILE = """
     import asyncio, json, time
@@ -239,8 +240,9 @@ def test_a_run_is_followed_from_its_acceptance_to_its_end_and_from_any_point(cli
     assert (events[0].kind, events[0].data["state"]) == ("run", "accepted")
     assert (events[-1].kind, events[-1].data["state"]) == ("run", "succeeded")
     assert "doubling 6" in [event.data["text"] for event in events if event.kind == "log"]
-    rest = list(run.follow(after=events[-2].seq))
-    assert rest == [event for event in events if event.seq > events[-2].seq]
+    rest = list(run.follow(after=events[2].seq))
+    assert 0 < len(rest) < len(events)
+    assert rest == events[-len(rest) :]
 
 
 def test_all_runs_are_streamed_as_they_happen(client: Client) -> None:
@@ -268,7 +270,12 @@ def test_all_runs_are_streamed_as_they_happen(client: Client) -> None:
 def test_runs_are_listed_newest_first_by_state_by_route_and_by_time(client: Client) -> None:
     before = datetime.now(UTC)
     made = [client.trigger("client_double", n, wait=30).run_id for n in range(5)]
-    found = client.runs(route="client_double", state="succeeded", since=before, limit=1000)
+
+    def newest() -> list[Run]:
+        return client.runs(route="client_double", state="succeeded", since=before, limit=1000)
+
+    wait_until(lambda: len(newest()) == 5)  # a list is of the read model, which is a moment behind
+    found = newest()
     assert [run.run_id for run in found] == made[::-1]
     assert [run.run_id for run in client.runs(route="client_double", limit=2)] == made[:2:-1]
     assert all(run.seen is not None and run.seen.route == "client_double" for run in found)

@@ -359,3 +359,24 @@ async def test_a_large_result_travels_by_claim_check(platform: Platform) -> None
     stored = await platform.log.last(done_subject(run, "*"))
     assert stored is not None
     assert len(stored.body) < 2000
+
+
+async def test_a_payload_that_is_gone_is_told_and_not_tried_for_ever(platform: Platform) -> None:
+    await platform.deploy("def f(x):\n    return x")
+    function = platform.tables.function("f")
+    assert function is not None
+    admitted = admit(
+        event=EventMeta(id="gone", source="/test", type="org.test"),
+        payload=Payload(blob="0" * 64, size=100_000),
+        digest="",
+        route=route("f", function="f"),
+        function=function,
+        tenant="t",
+        now=time.time(),
+        deadline=None,
+    )
+    await platform.log.append([admitted.record])
+    record = await platform.ended(admitted.invocation.run_id)
+    assert record.state == "failed"
+    assert record.error is not None
+    assert "no content with the digest" in record.error.message

@@ -23,7 +23,7 @@ from functions import effects, retries
 from functions.effects import Attempted, World
 from functions.scopes import Fill
 from headrace.clock import parse_duration
-from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, TooLarge, UserError
+from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, NotFound, TooLarge, UserError
 from headrace.model import Code, ErrorInfo
 from headrace.wire import (
     GATHER,
@@ -121,12 +121,13 @@ class Worker:
             for task in (taking, stopping, cancels):
                 task.cancel()
             await asyncio.gather(taking, stopping, cancels, return_exceptions=True)
-            await self._intake.close()
+            await self._intake.stop()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=drain_s)
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._intake.close()
 
     async def _take_for_ever(self) -> None:
         while True:
@@ -220,6 +221,8 @@ class Worker:
             returned = await self._run(delivery, attempt, record, voice)
         except FunctionError as failure:
             error = failure
+        except NotFound as gone:  # its payload or its code was cleaned away: no further attempt can bring it back
+            error = LoadError(str(gone), hint=gone.hint)
         except asyncio.CancelledError:
             if invocation.run_id not in self._canceled:
                 raise
