@@ -3,9 +3,17 @@
 What declares and runs functions is imported at once. What talks to a platform (``Client``, ``Executor``) is imported
 when it is first asked for, so that a file of functions loads quickly wherever it runs.
 
-Rooms: ``sdk`` (``@function``, ``@on``), ``context`` (``ctx``), ``model`` and ``wire`` (types), ``errors``; ``client``,
-``sync``, ``executor`` (the platform from Python) over ``transport`` and ``sse``; ``packing`` and ``siblings`` (code by
-value); ``binding``, ``loading`` and ``runner`` (a worker's child); ``testing``; ``cli`` and ``render``.
+Rooms, by what they are for:
+
+- words: ``errors``, ``names``, ``clock``, ``model`` and ``wire`` (types), ``media`` (content types), ``filters``, ``events``;
+- declaring and running: ``sdk`` (``@function``, ``@on``), ``context`` (``ctx``), ``binding`` with ``data`` and
+  ``coroutines`` (payload to arguments), ``failures`` (what is told of an exception);
+- the platform from Python: ``client`` and ``handle`` (coroutines), ``sync`` (the plain form), ``executor`` and ``futures``,
+  over ``address``, ``transport``, ``sse``, ``following``, ``uploading``, ``answers`` and ``loopthread``;
+- code by value: ``packing`` and ``siblings`` on this side, ``loading`` on the other;
+- a worker's child: ``zygote``, ``birth``, ``runner``, ``channel``, ``capture``;
+- without a server: ``testing`` over ``virtual`` and ``trace``;
+- the terminal: ``cli``, ``terminal``, ``render``.
 
 Imports none of our other folders, because users keep files of the same names.
 """

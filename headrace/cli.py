@@ -7,11 +7,9 @@ be reached.
 from __future__ import annotations
 
 import importlib.util
-import json
-import mimetypes
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,16 +19,25 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 from headrace import render
-from headrace.answers import value_of
-from headrace.errors import BadRequest, HeadraceError, LoadError, Overloaded, PlatformUnreachable, RunFailed
-from headrace.media import is_json
+from headrace.errors import BadRequest, HeadraceError, RunFailed
 from headrace.model import FINAL, RunState, RunView
-from headrace.wire import BYTES, JSON, Payload
+from headrace.terminal import (
+    GOOD,
+    RUN_FAILED,
+    WRONG_USAGE,
+    print_all,
+    print_answer,
+    print_json,
+    read_data,
+    read_input,
+    say,
+    shown,
+    tell,
+)
 
 if TYPE_CHECKING:
     from headrace.sync import Client
 
-GOOD, RUN_FAILED, WRONG_USAGE, UNREACHABLE = 0, 1, 2, 3
 PATIENCE_S = 3.0
 
 app = App(
@@ -63,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CycloptsError:
         sys.exit(WRONG_USAGE)
     except HeadraceError as error:
-        sys.exit(_tell(error))
+        sys.exit(tell(error))
     except TimeoutError as error:
-        sys.exit(_tell(RunFailed(str(error), hint="It goes on; `headrace watch ID` follows it.")))
+        sys.exit(tell(RunFailed(str(error), hint="It goes on; `headrace watch ID` follows it.")))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has read enough
@@ -116,7 +123,7 @@ def deploy(file: Path, /, *, as_json: AsJson = False) -> None:
     with _client() as client:
         views = client.deploy(file)
         if as_json:
-            return _print_json(views)
+            return print_json(views)
         names = {view.name for view in views}
         render.console().print(render.functions_table(views))
         routes = [route for route in client.routes() if route.route.function in names]
@@ -129,21 +136,21 @@ def deploy(file: Path, /, *, as_json: AsJson = False) -> None:
 def functions(*, as_json: AsJson = False) -> None:
     """List what is registered."""
     with _client() as client:
-        _print_all("functions", client.functions(), render.functions_table, as_json)
+        print_all("functions", client.functions(), render.functions_table, as_json)
 
 
 @app.command
 def routes(*, as_json: AsJson = False) -> None:
     """List the routes: which events or names lead to which function, and by when."""
     with _client() as client:
-        _print_all("routes", client.routes(), render.routes_table, as_json)
+        print_all("routes", client.routes(), render.routes_table, as_json)
 
 
 @app.command
 def sites(*, as_json: AsJson = False) -> None:
     """List the sites that run jobs, and how they are."""
     with _client() as client:
-        _print_all("sites", client.sites(), render.sites_table, as_json)
+        print_all("sites", client.sites(), render.sites_table, as_json)
 
 
 # ---------------------------------------------------------------- starting runs
@@ -167,7 +174,7 @@ def trigger(
         route: the route's name.
         file: the data; - reads it from standard input. Without it the run gets no data.
     """
-    data, kind = (None, None) if file is None else _data(file, content_type)
+    data, kind = (None, None) if file is None else read_data(file, content_type)
     with _client(patience_s=10.0) as client:
         run = client.trigger(route, data, id=id, deadline=deadline, wait=wait, content_type=kind)
         if wait is None:
@@ -176,16 +183,16 @@ def trigger(
         view = run.view()
         answered = view.answered_at is not None
         if as_json:
-            answer = _shown(run.payload()) if answered else None
+            answer = shown(run.payload()) if answered else None
             print(render.as_json({**msgspec.to_builtins(view), "answer": answer}))
         elif answered:
-            _print_answer(run.payload())
+            print_answer(run.payload())
         elif view.state in FINAL:
             run.payload()  # raises what went wrong
         else:
-            _say(f"no answer after {wait:g} s; the run {run.run_id} goes on", f"headrace watch {run.run_id}")
+            say(f"no answer after {wait:g} s; the run {run.run_id} goes on", f"headrace watch {run.run_id}")
         if view.deadline_met is False and not as_json:
-            _say(f"the run {run.run_id} missed its deadline", f"headrace run {run.run_id} tells where the time went")
+            say(f"the run {run.run_id} missed its deadline", f"headrace run {run.run_id} tells where the time went")
         return _standing(view) if answered or view.state in FINAL else RUN_FAILED
 
 
@@ -196,7 +203,7 @@ def publish(file: Annotated[str, Input] = "-", /, *, as_json: AsJson = False) ->
     Args:
         file: JSON in the form of CloudEvents; - reads standard input.
     """
-    body = _read(file)
+    body = read_input(file)
     try:
         events = msgspec.json.decode(body, type=dict[str, Any] | list[dict[str, Any]])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -206,11 +213,11 @@ def publish(file: Annotated[str, Input] = "-", /, *, as_json: AsJson = False) ->
     with _client(patience_s=10.0) as client:
         runs = client.publish(events)
         if as_json:
-            return _print_json({"runs": [run.ref for run in runs]})
+            return print_json({"runs": [run.ref for run in runs]})
         for run in runs:
             print(run.run_id, render.clean(run.route))
         if not runs:
-            _say("no route takes this", "`headrace routes` lists what each one takes")
+            say("no route takes this", "`headrace routes` lists what each one takes")
     return None
 
 
@@ -230,7 +237,7 @@ def list_runs(*, state: State = None, route: str | None = None, limit: int = 20,
     with _client() as client:
         views = [run.seen for run in client.runs(state=state, route=route, limit=limit) if run.seen]
     if as_json:
-        return _print_json({"runs": views})
+        return print_json({"runs": views})
     render.console().print(render.runs_table(views) if views else Text("no runs"))
     return None
 
@@ -241,7 +248,7 @@ def show_run(run_id: str, /, *, as_json: AsJson = False) -> int:
     with _client() as client:
         view = client.run(run_id).view()
     if as_json:
-        _print_json(view)
+        print_json(view)
         return _standing(view)
     out = render.console()
     out.print(render.run_table(view))
@@ -268,12 +275,12 @@ def result(
         try:
             payload = run.payload(timeout=max(0.0, wait))
         except TimeoutError:
-            _say(f"the run {run_id} has no answer yet", f"headrace result {run_id} --wait 60")
+            say(f"the run {run_id} has no answer yet", f"headrace result {run_id} --wait 60")
             return RUN_FAILED
         if as_json:
-            _print_json(_shown(payload))
+            print_json(shown(payload))
         else:
-            _print_answer(payload)
+            print_answer(payload)
         return _standing(run.view())
 
 
@@ -316,81 +323,6 @@ def _client(patience_s: float = PATIENCE_S) -> Client:
 def _standing(view: RunView) -> int:
     """Return the exit code that tells how a run stands."""
     return RUN_FAILED if view.state in ("failed", "canceled") or view.deadline_met is False else GOOD
-
-
-def _read(file: str) -> bytes:
-    if file == "-":
-        return sys.stdin.buffer.read()
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise BadRequest(
-            f"{file} cannot be read: {error.strerror}", hint="Name a file, or - for standard input."
-        ) from error
-
-
-def _data(file: str, content_type: str | None) -> tuple[bytes, str]:
-    """Return the data of a trigger and its content type: as said, else by the file's name, else by a look at it."""
-    body = _read(file)
-    guess = content_type or mimetypes.guess_type(file)[0]
-    if guess is None:
-        try:
-            json.loads(body)
-            guess = JSON
-        except ValueError:
-            guess = BYTES
-    return body, guess
-
-
-def _shown(payload: Payload) -> Any:
-    """Return an answer as JSON can show it; bytes as base64."""
-    return msgspec.to_builtins(value_of(payload))
-
-
-def _print_answer(payload: Payload) -> None:
-    """Print an answer as it is into a file or a pipe, and for reading on a terminal."""
-    if not sys.stdout.isatty():
-        sys.stdout.flush()
-        sys.stdout.buffer.write(payload.body)
-        if is_json(payload.type):
-            sys.stdout.buffer.write(b"\n")
-        sys.stdout.buffer.flush()
-        return
-    value = value_of(payload)
-    if isinstance(value, bytes):
-        print(f"{len(value):,} bytes of {render.one_line(payload.type)}; write them to a file with > FILE")
-    elif isinstance(value, str) and not is_json(payload.type):
-        print(render.clean(value))
-    else:
-        print(render.clean(json.dumps(value, indent=2, ensure_ascii=False)))
-
-
-def _print_json(value: object) -> None:
-    print(render.as_json(value))
-
-
-def _print_all(name: str, views: list[Any], table: Callable[[Iterable[Any]], Any], as_json: bool) -> None:
-    if as_json:
-        _print_json({name: views})
-    else:
-        render.console().print(table(views) if views else Text(f"no {name}"))
-
-
-def _say(what: str, hint: str = "") -> None:
-    out = render.console(sys.stderr)
-    out.print(Text(render.clean(what)), soft_wrap=True)
-    if hint:
-        out.print(Text(f"hint: {render.clean(hint)}"), soft_wrap=True)
-
-
-def _tell(error: HeadraceError) -> int:
-    """Print an error: what, which, and what to do about it. Return the exit code it stands for."""
-    _say(f"error: {error}", error.hint)
-    if isinstance(error, RunFailed | LoadError) and error.traceback:
-        render.console(sys.stderr).print(Text(render.clean(error.traceback.rstrip())), soft_wrap=True)
-    if isinstance(error, PlatformUnreachable | Overloaded):
-        return UNREACHABLE
-    return RUN_FAILED if isinstance(error, RunFailed) else WRONG_USAGE
 
 
 if __name__ == "__main__":

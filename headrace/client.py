@@ -18,7 +18,7 @@ from headrace import following, uploading
 from headrace.address import Address, find
 from headrace.clock import format_instant
 from headrace.context import to_payload
-from headrace.errors import PlatformUnreachable
+from headrace.errors import BadRequest, PlatformUnreachable
 from headrace.events import BATCH, STRUCTURED, new_id, to_json
 from headrace.following import read
 from headrace.handle import AsyncRun
@@ -214,9 +214,12 @@ class AsyncClient:
             Overloaded: the platform takes no more at the moment; nothing was started.
         """
         payload = _payload(data, content_type)
-        headers = {"Content-Type": payload.type, "Idempotency-Key": id or new_id()}
+        headers = {
+            "Content-Type": _one_line(payload.type, "content_type"),
+            "Idempotency-Key": _one_line(id or new_id(), "id"),
+        }
         if deadline is not None:
-            headers["Headrace-Deadline"] = _deadline(deadline)
+            headers["Headrace-Deadline"] = _one_line(_deadline(deadline), "deadline")
         door_s = 0.0 if wait is None else min(float(wait), _DOOR_WAIT_S_MAX)
         if door_s > 0.0:
             headers["Prefer"] = f"wait={math.ceil(door_s)}"
@@ -352,3 +355,10 @@ def _deadline(deadline: str | float | datetime) -> str:
     if isinstance(deadline, datetime):
         return format_instant(deadline.timestamp())
     return deadline if isinstance(deadline, str) else f"{deadline:.3f}s"
+
+
+def _one_line(text: str, what: str) -> str:
+    """Return text that can be the value of a header."""
+    if not text.isascii() or not text.isprintable():
+        raise BadRequest(f"{what}: {ascii(text)[:80]} is not plain text", hint="Use printable ASCII on one line.")
+    return text

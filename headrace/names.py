@@ -57,7 +57,7 @@ def run_id(tenant: str, source: str, event_id: str, route: str) -> str:
 
 
 def invocation_id(parent: str, position: int | str) -> str:
-    """Derive the id of the invocation that ``parent`` (an invocation or a run) starts at ``position``: 16 characters."""
+    """Derive the id of the invocation that ``parent`` (an invocation or a run) starts there: 16 characters."""
     return _digest(parent, str(position), size=10)
 
 

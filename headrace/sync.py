@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -317,7 +318,8 @@ def _drawn(loop: LoopThread, events: AsyncGenerator[StreamEvent, None]) -> Gener
         return await anext(events, None)
 
     async def close() -> None:
-        await events.aclose()
+        with suppress(RuntimeError):  # after Ctrl-C it is still on its way out, by itself
+            await events.aclose()
 
     try:
         while (event := loop.call(draw)) is not None:

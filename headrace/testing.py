@@ -38,7 +38,8 @@ from headrace.media import is_json
 from headrace.model import Event, Route
 from headrace.names import run_id
 from headrace.sdk import declaration, function_name
-from headrace.virtual import BEGIN, Step, Trace, VirtualRun
+from headrace.trace import Step, Trace
+from headrace.virtual import BEGIN, VirtualRun
 from headrace.wire import NOTHING, EventMeta, Payload
 
 __all__ = ["Bench", "Step", "Trace", "fire"]

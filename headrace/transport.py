@@ -35,7 +35,7 @@ from headrace.model import Problem
 CONNECT_S_MAX = 5.0
 ANSWER_S_MAX = 30.0
 SILENCE_S_MAX = 60.0  # the platform pings its streams several times in this time
-CONNECTIONS_MAX = 100
+REQUESTS_AT_ONCE_MAX = 128
 _URN = "urn:headrace:problem:"
 
 _ERRORS: dict[int, type[HeadraceError]] = {
@@ -92,6 +92,7 @@ class Transport:
         self.address = address
         self.patience_s = patience_s
         self._session: aiohttp.ClientSession | None = None
+        self._turns = asyncio.Semaphore(REQUESTS_AT_ONCE_MAX)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -125,23 +126,28 @@ class Transport:
             PlatformUnreachable: no answer came.
             HeadraceError: the platform refused; the error's class says why.
         """
-        give_up = time.monotonic() + self.patience_s
+        began: float | None = None
         for delay in delays():
             try:
-                answer = await self._once(method, path, body, headers, params, wait_s)
+                async with self._turns:  # a request that waits for its turn here has not begun to run out of time
+                    began = began or time.monotonic()
+                    answer = await self._once(method, path, body, headers, params, wait_s)
             except _LOST as error:
                 failure: HeadraceError = self._unreachable(error)
-                if isinstance(error, aiohttp.ClientSSLError) or time.monotonic() + delay > give_up:
+                if isinstance(error, aiohttp.ClientSSLError) or not self._is_patient(began, delay):
                     raise failure from error
             else:
                 if answer.status < 400 or answer.status not in _BUSY:
                     return answer
                 failure = problem(answer)
-                if time.monotonic() + max(delay, answer.retry_after_s) > give_up:
+                if not self._is_patient(began, max(delay, answer.retry_after_s)):
                     raise failure
                 await asyncio.sleep(answer.retry_after_s)
             await asyncio.sleep(delay)
         raise AssertionError("delays() never ends")
+
+    def _is_patient(self, began: float | None, delay_s: float) -> bool:
+        return began is None or time.monotonic() + delay_s <= began + self.patience_s
 
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
         """Make a request and raise what the platform answers instead of returning it, if it is an error."""
@@ -158,7 +164,7 @@ class Transport:
             PlatformUnreachable: the connection could not be made, or was lost.
             HeadraceError: the platform refused.
         """
-        limits = aiohttp.ClientTimeout(total=None, connect=CONNECT_S_MAX, sock_read=SILENCE_S_MAX)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S_MAX, sock_read=SILENCE_S_MAX)
         try:
             async with self._open().request(
                 "GET", self._url(path), headers=self._headers(path, headers), timeout=limits, allow_redirects=False
@@ -178,9 +184,9 @@ class Transport:
         params: Mapping[str, str] | None,
         wait_s: float,
     ) -> Answer:
-        limits = aiohttp.ClientTimeout(total=ANSWER_S_MAX + wait_s, connect=CONNECT_S_MAX)
+        limits = aiohttp.ClientTimeout(total=ANSWER_S_MAX + wait_s, sock_connect=CONNECT_S_MAX)
         if callable(body):
-            limits = aiohttp.ClientTimeout(total=None, connect=CONNECT_S_MAX, sock_read=ANSWER_S_MAX + wait_s)
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S_MAX, sock_read=ANSWER_S_MAX + wait_s)
         async with self._open().request(
             method,
             self._url(path),
@@ -195,7 +201,8 @@ class Transport:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX),
+                connector=aiohttp.TCPConnector(limit=0),  # requests take turns, and streams stay
+                cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": _user_agent(), "Accept": "application/json, */*;q=0.5"},
             )
         return self._session

@@ -8,7 +8,6 @@ members have ended well, effects of a body that raises are forgotten, and a fail
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +17,12 @@ import msgspec
 from headrace.answers import value_of
 from headrace.binding import Binding
 from headrace.context import Context
-from headrace.errors import NotFound, RunCanceled, RunFailed, TooLarge, UserError
+from headrace.errors import NotFound, TooLarge, UserError
 from headrace.failures import told, worth_another_try
-from headrace.model import ErrorInfo, Event, InvocationState, RunState
+from headrace.model import ErrorInfo, Event
 from headrace.names import invocation_id
-from headrace.sdk import declaration, function_name
+from headrace.sdk import declaration
+from headrace.trace import Step, Trace
 from headrace.wire import ITEMS, JSON, NOTHING, Call, Effect, Emit, EventMeta, Map, Payload, Slot, encode
 
 STEPS_MAX = 100_000
@@ -42,83 +42,6 @@ class Stage(Protocol):
 
     def store(self, content: Path | bytes) -> str:
         """Keep the bytes and return their URI."""
-
-
-@dataclass
-class Step:
-    """One invocation: what it got, what it did, and how it ended. ``at_s`` is the virtual time since acceptance."""
-
-    invocation_id: str
-    parent_id: str | None
-    function: str
-    payload: Any
-    at_s: float
-    state: InvocationState = "queued"
-    attempts: int = 0
-    result: Any = None
-    error: ErrorInfo | None = None
-    exception: BaseException | None = None
-    effects: list[Effect] = field(default_factory=list)
-    log: list[tuple[str, str]] = field(default_factory=list)
-    progress: list[tuple[float, str]] = field(default_factory=list)
-
-
-@dataclass
-class Trace:
-    """All that came of one event: its steps in the order they ran, its answer, and what it published and stored."""
-
-    run_id: str
-    function: str
-    event: Event
-    deadline: float | None
-    state: RunState = "accepted"
-    answer: Any = None
-    answered: bool = False
-    error: ErrorInfo | None = None
-    ended_s: float = 0.0
-    steps: list[Step] = field(default_factory=list)
-    emitted: list[Event] = field(default_factory=list)
-    stored: dict[str, Path] = field(default_factory=dict)
-
-    def step(self, function: str | Callable[..., Any]) -> Step:
-        """Return the one step of this function.
-
-        Raises:
-            NotFound: it did not run, or ran more than once.
-        """
-        found = self.steps_of(function)
-        if len(found) != 1:
-            ran = ", ".join(step.function for step in self.steps)
-            raise NotFound(f"{function_name(function)} ran {len(found)} times, not once", hint=f"What ran: {ran}.")
-        return found[0]
-
-    def steps_of(self, function: str | Callable[..., Any]) -> list[Step]:
-        """Return all steps of this function."""
-        return [step for step in self.steps if step.function == function_name(function)]
-
-    @property
-    def log(self) -> list[tuple[str, str]]:
-        """All lines that were logged with ``ctx.log``, as (level, text)."""
-        return [line for step in self.steps for line in step.log]
-
-    def result(self) -> Any:
-        """Return the answer.
-
-        Raises:
-            RunFailed: there is none; its cause is what the function raised.
-        """
-        if self.answered:
-            return self.answer
-        error = self.error or ErrorInfo(kind="user", message="it failed")
-        kind = RunCanceled if self.state == "canceled" else RunFailed
-        cause = next((step.exception for step in self.steps if step.exception is not None), None)
-        raise kind(
-            f"the run of {self.function} {'was canceled' if self.state == 'canceled' else 'failed'}: {error.message}",
-            kind=error.kind,
-            reason=error.message,
-            traceback=error.traceback,
-            run_id=self.run_id,
-        ) from cause
 
 
 class _Work(NamedTuple):

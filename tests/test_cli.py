@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -9,7 +10,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from headrace import cli, render
+from headrace.clock import parse_instant
 from headrace.model import (
     ErrorInfo,
     EventFilter,
@@ -373,7 +374,7 @@ def test_server_commands_run_beside_a_folder_of_decoys(tmp_path: Path) -> None:
 
 
 def test_a_server_command_without_the_servers_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "nats" else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nats" else object())
     said = run("up", "--port", "0")
     assert said.code == 2
     assert "pip install 'headrace[platform]'" in said.err
@@ -471,6 +472,6 @@ def test_durations_are_said_as_people_say_them(value: float | None, text: str) -
 
 def test_an_open_deadline_tells_the_time_left_or_how_late_it_is() -> None:
     view = msgspec.structs.replace(hostile_view(), state="running", deadline="2026-11-21T03:15:15Z")
-    due = time.mktime(time.strptime("2026-11-21T03:15:15", "%Y-%m-%dT%H:%M:%S")) - time.timezone
+    due = parse_instant("2026-11-21T03:15:15Z")
     assert "in 30 s" in shown(render.runs_table([view], now=due - 30))
     assert "5 s ago" in shown(render.runs_table([view], now=due + 5))

@@ -215,6 +215,24 @@ async def test_a_part_of_a_file_is_sent_from_the_start_when_it_is_tried_again(
         await client.upload(tmp_path / "nowhere")
 
 
+async def test_many_requests_take_turns_without_running_out_of_time(server: StandIn, client: AsyncClient) -> None:
+    server.answers = [says(202, REF)]
+    runs = await asyncio.gather(*(client.trigger("r", n) for n in range(1000)))
+    assert len(runs) == 1000
+    assert sorted(map(int, server.bodies)) == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    "options", [{"id": "a\nb"}, {"id": "\u00e9"}, {"content_type": "a/b\r\nX: y"}, {"deadline": "\n"}]
+)
+async def test_what_cannot_stand_in_a_header_is_refused_before_it_is_sent(
+    server: StandIn, client: AsyncClient, options: dict[str, str]
+) -> None:
+    with pytest.raises(BadRequest, match=next(iter(options))):
+        await client.trigger("r", b"x", **options)  # type: ignore[arg-type] # each is one of several options
+    assert server.asked == []
+
+
 # ---------------------------------------------------------------- streams
 
 

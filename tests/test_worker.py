@@ -79,10 +79,10 @@ class Platform:
     async def state(self, run: str) -> tuple[RunRecord, list[InvocationRecord]]:
         end = await self.log.end_seq()
         found: list[Stored] = []
-        async with aclosing(follow(self.log, [*run_subjects(run)], after=0, idle_s=0.05)) as batches:
+        async with aclosing(follow(self.log, [*run_subjects(run)], after=0, idle_s=1.0)) as batches:
             async for batch in batches:
                 found += batch
-                if not batch or batch[-1].seq >= end:
+                if found and (not batch or batch[-1].seq >= end):
                     break
         folded = fold_run(found)
         assert folded is not None
