@@ -70,7 +70,7 @@ class Ingest:
         self._book = book
         self._gate = gate
         self._waiting = waiting
-        self._metrics = metrics
+        self._door = metrics.door
         self._tenant = tenant
         self._limits = limits
         self._clock = clock
@@ -100,12 +100,12 @@ class Ingest:
                 received = cloudevents.read_events(
                     content_type, request.headers.items(), await held.read(), events_max=self._limits.batch_events_max
                 )
-                self._metrics.events.inc(len(received))
+                self._door.events += len(received)
                 accepted = await self._acceptance.append(await self._admit_events(received))
             finally:
                 held.leave()
         except HeadraceError:
-            self._metrics.refused.inc()
+            self._door.refused += 1
             raise
         self._count(accepted, began)
         runs = [await self._reference(one) for one in accepted]
@@ -129,7 +129,7 @@ class Ingest:
             finally:
                 held.leave()
         except HeadraceError:
-            self._metrics.refused.inc()
+            self._door.refused += 1
             raise
         self._count([accepted], began)
         return accepted
@@ -205,11 +205,9 @@ class Ingest:
 
     def _count(self, accepted: list[Accepted], began: float) -> None:
         duplicates = sum(one.duplicate for one in accepted)
-        if duplicates:
-            self._metrics.duplicate.inc(duplicates)
-        if len(accepted) > duplicates:
-            self._metrics.accepted.inc(len(accepted) - duplicates)
-        self._metrics.accept_s.observe(time.perf_counter() - began)
+        self._door.duplicate += duplicates
+        self._door.accepted += len(accepted) - duplicates
+        self._door.took(time.perf_counter() - began)
 
     async def _promise(self, accepted: Accepted, headers: dict[str, str] | None = None) -> web.Response:
         return web.Response(

@@ -1,7 +1,7 @@
 """The read model: the log folded into Redis, so that a list of runs costs no search through the log.
 
 Redis holds nothing that matters. The writer keeps its position in the log beside the data and moves both in one
-transaction; when Redis comes back empty, or with an older state, it finds another position there than it left and
+script; when Redis comes back empty, or with an older state, it finds another position there than it left and
 begins again from it.
 
     hr:position       sequence of the log up to which everything here is true
@@ -24,7 +24,7 @@ from redis.asyncio import Redis
 
 from headrace.errors import BadRequest, Unavailable
 from headrace.model import RunPage, RunView
-from headrace.wire import decode, encode
+from headrace.wire import Invocation, decode, encode
 from streams.follow import follow
 from streams.log import Log, Stored
 from streams.record import InvocationRecord, RunRecord, apply, apply_invocation, fact_of, view
@@ -39,8 +39,25 @@ WINDOW = 2048
 RETRY_S = 0.5
 LINGER_S = 0.02
 TRIM_AT_ONCE = 500
+TRIM_AT_MOST = 5000
 PAGE_MAX = 1000
 SCAN_MAX = 20_000
+
+
+# One round trip and one answer per batch, where a transaction of the client library has one answer per command.
+# ARGV: the position this writer left, the new one, then for each command its number of words and the words.
+WRITE = """
+local there = tonumber(redis.call('GET', KEYS[1]) or '0')
+if there ~= tonumber(ARGV[1]) then return there end
+local at = 3
+while at <= #ARGV do
+  local words = tonumber(ARGV[at])
+  redis.call(unpack(ARGV, at + 1, at + words))
+  at = at + words + 1
+end
+redis.call('SET', KEYS[1], ARGV[2])
+return there
+"""
 
 
 def _run_key(run: str) -> str:
@@ -60,6 +77,8 @@ class Writer:
         self._runs_max = runs_max
         self._cache: OrderedDict[str, RunRecord] = OrderedDict()
         self._position = 0
+        self._ended = 0
+        self._script_hash: str | None = None
 
     async def run(self) -> None:
         """Follow for ever; while Redis is away nothing is lost, it is caught up with later."""
@@ -74,6 +93,7 @@ class Writer:
 
     async def _follow(self) -> None:
         self._cache.clear()
+        self._script_hash = None
         self._position = int(await self._redis.get(POSITION) or 0)
         async with aclosing(follow(self._log, FACTS, after=self._position, window=WINDOW)) as batches:
             async for batch in batches:
@@ -88,7 +108,8 @@ class Writer:
     async def step(self, batch: Sequence[Stored]) -> None:
         """Fold a batch of facts and write what changed, together with the new position."""
         facts = [(fact, stored) for stored in batch if (fact := fact_of(stored)) is not None]
-        before = await self._records({fact.run_id for fact, _ in facts})
+        begun = {fact.run_id for fact, _ in facts if isinstance(fact, Invocation) and fact.parent_id is None}
+        before = await self._records({fact.run_id for fact, _ in facts} - begun)
         now: dict[str, RunRecord] = {}
         invocations: dict[tuple[str, str], InvocationRecord] = {}
         for fact, stored in facts:
@@ -125,38 +146,42 @@ class Writer:
         invocations: dict[tuple[str, str], InvocationRecord],
         position: int,
     ) -> None:
-        async with self._redis.pipeline(transaction=True) as pipe:
-            await pipe.watch(POSITION)
-            there = int(await pipe.get(POSITION) or 0)
-            if there != self._position:
-                raise _Moved(f"{there} instead of {self._position}")
-            pipe.multi()
-            fields: dict[str, dict[str, bytes]] = {run: {"r": encode(record)} for run, record in now.items()}
-            for (run, identity), one in invocations.items():
-                fields[run]["i:" + identity] = encode(one)
-            for run, mapping in fields.items():
-                pipe.hset(_run_key(run), mapping=mapping)
-            for run, record in now.items():
-                _index(pipe, before.get(run), record)
-            pipe.set(POSITION, position)
-            try:
-                await pipe.execute()
-            except redis.exceptions.WatchError as error:
-                raise _Moved("another writer") from error
+        fields: dict[str, list[Any]] = {run: ["r", encode(record)] for run, record in now.items()}
+        for (run, identity), one in invocations.items():
+            fields[run] += ("i:" + identity, encode(one))
+        commands: list[list[Any]] = [["HSET", _run_key(run), *values] for run, values in fields.items()]
+        commands += _index(before, now)
+        flat: list[Any] = [self._position, position]
+        for command in commands:
+            flat.append(len(command))
+            flat += command
+        there = int(await self._redis.evalsha(await self._script(), 1, POSITION, *flat))
+        if there != self._position:
+            raise _Moved(f"{there} instead of {self._position}")
         self._position = position
         for run, record in now.items():
             self._cache[run] = record
             self._cache.move_to_end(run)
+            self._ended += record.ended
         while len(self._cache) > RECORDS_CACHED_MAX:
             self._cache.popitem(last=False)
         await self._trim()
 
+    async def _script(self) -> str:
+        """Return the hash of the script; a Redis that was started anew is given it again."""
+        if self._script_hash is None:
+            self._script_hash = str(await self._redis.script_load(WRITE))
+        return self._script_hash
+
     async def _trim(self) -> None:
         """Forget the oldest ended runs beyond the limit; the log still has them."""
-        surplus = int(await self._redis.zcard(RUNS)) - self._runs_max
-        if surplus < TRIM_AT_ONCE:
+        if self._ended < TRIM_AT_ONCE:
             return
-        oldest = [r.decode() for r in await self._redis.zrange(RUNS, 0, surplus - 1)]
+        self._ended = 0
+        surplus = int(await self._redis.zcard(RUNS)) - self._runs_max
+        if surplus <= 0:
+            return
+        oldest = [r.decode() for r in await self._redis.zrange(RUNS, 0, min(surplus, TRIM_AT_MOST) - 1)]
         records = await self._records(set(oldest))
         pipe = self._redis.pipeline(transaction=True)
         for run in oldest:
@@ -170,20 +195,26 @@ class Writer:
         await pipe.execute()
 
 
-def _index(pipe: Any, before: RunRecord | None, record: RunRecord) -> None:
-    """Keep the sorted sets true for one changed run."""
-    run, order = record.run_id, {record.run_id: record.first_seq}
-    if before is None:
-        pipe.zadd(RUNS, order)
-        pipe.zadd(f"hr:route:{record.route}", order)
-        if not record.ended:
-            pipe.zadd(f"hr:open:{record.route}", order)
-    elif record.ended and not before.ended:
-        pipe.zrem(f"hr:open:{record.route}", run)
-    if before is None or before.state != record.state:
-        if before is not None:
-            pipe.zrem(f"hr:state:{before.state}", run)
-        pipe.zadd(f"hr:state:{record.state}", order)
+def _index(before: dict[str, RunRecord], now: dict[str, RunRecord]) -> list[list[Any]]:
+    """Return the commands that keep the sorted sets true for the changed runs."""
+    added: dict[str, list[Any]] = {}
+    removed: dict[str, list[Any]] = {}
+    for run, record in now.items():
+        known, place = before.get(run), (record.first_seq, run)
+        if known is None:
+            for key in (RUNS, f"hr:route:{record.route}"):
+                added.setdefault(key, []).extend(place)
+        if record.ended:
+            if known is not None and not known.ended:
+                removed.setdefault(f"hr:open:{record.route}", []).append(run)
+        elif known is None:
+            added.setdefault(f"hr:open:{record.route}", []).extend(place)
+        if known is None or known.state != record.state:
+            if known is not None:
+                removed.setdefault(f"hr:state:{known.state}", []).append(run)
+            added.setdefault(f"hr:state:{record.state}", []).extend(place)
+    commands = [["ZREM", key, *members] for key, members in removed.items()]
+    return commands + [["ZADD", key, *places] for key, places in added.items()]
 
 
 class Reader:

@@ -223,6 +223,7 @@ def test_a_canceled_run_raises_and_canceling_twice_is_one_wish(client: Client) -
     with pytest.raises(RunCanceled, match="was canceled"):
         run.result(timeout=30)
     ended = client.trigger("client_double", 1, wait=30)
+    wait_until(lambda: client.run(ended.run_id).state == "succeeded")  # readable everywhere within a moment
     with pytest.raises(Conflict, match="succeeded already"):
         ended.cancel()
 
