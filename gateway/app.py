@@ -84,45 +84,91 @@ def build(
     gate = Gate(limits, disk)
     book = RunBook(log=log, follow=follow, reader=reader, tenant=tenant)
     waiting = Waiting(log=log, book=book, seats_max=limits.waiting_max)
-    ingest = Ingest(
-        acceptance=Acceptance(log=log, tables=tables, quota=Quota(log, reader)),
-        tables=tables,
-        blobs=blobs,
-        book=book,
-        gate=gate,
-        waiting=waiting,
-        metrics=metrics,
-        tenant=tenant,
-        limits=limits,
-        clock=clock,
-    )
-    runs = Runs(book=book, log=log, reader=reader, blobs=blobs, clock=clock)
+    acceptance = Acceptance(log=log, tables=tables, quota=Quota(log, reader))
     live = Live(log=log, follow=follow, book=book, metrics=metrics, tenant=tenant, limits=limits)
-    catalog = Catalog(tables=tables, blobs=blobs, gate=gate, tenant=tenant, clock=clock)
     uploads = Uploads(spool=Spool(blobs), disk=disk, token=token, limits=limits, public_url=public_url, clock=clock)
-    status = Status(
-        log=log,
-        disk=disk,
-        gate=gate,
-        waiting=waiting,
-        metrics=metrics,
-        limits=limits,
-        version=version,
-        draining=draining,
+    handlers = {
+        **_ingest(
+            Ingest(
+                acceptance=acceptance,
+                tables=tables,
+                blobs=blobs,
+                book=book,
+                gate=gate,
+                waiting=waiting,
+                metrics=metrics,
+                tenant=tenant,
+                limits=limits,
+                clock=clock,
+            )
+        ),
+        **_uploads(uploads),
+        **_runs(Runs(book=book, log=log, reader=reader, blobs=blobs, clock=clock), live),
+        **_catalog(Catalog(tables=tables, blobs=blobs, gate=gate, tenant=tenant, clock=clock)),
+        **_status(
+            Status(
+                log=log,
+                disk=disk,
+                gate=gate,
+                waiting=waiting,
+                metrics=metrics,
+                limits=limits,
+                version=version,
+                draining=draining,
+            )
+        ),
+        "openapi": OpenApi(version).get,
+        **_page(page.Page(page.load())),
+    }
+    app = _application(handlers, token, limits)
+    app[DRAINING] = draining
+    app[METRICS] = metrics
+    app.cleanup_ctx.append(uploads.sweep)
+    app.on_shutdown.append(lambda _: live.close())
+    return app
+
+
+def _application(handlers: dict[str, Handler], token: str, limits: GatewayLimits) -> web.Application:
+    """Return an application that serves every endpoint of the table."""
+    open_paths = {e.path for e in ENDPOINTS if e.open}
+    app = web.Application(
+        middlewares=[problems.problems, auth.middleware(auth.TokenCheck(token), open_paths)],
+        client_max_size=limits.body_bytes_max,
     )
-    files = page.Page(page.load())
-    handlers: dict[str, Handler] = {
-        "send_events": ingest.events,
-        "trigger": ingest.trigger,
-        "begin_upload": uploads.begin,
-        "put_part": uploads.part,
-        "complete_upload": uploads.complete,
+    for endpoint in ENDPOINTS:
+        handler = handlers[endpoint.name]
+        if endpoint.method == "GET" and endpoint.answers.get(200) != EVENTS:
+            app.router.add_get(endpoint.path, handler)  # HEAD comes with it
+        else:
+            app.router.add_route(endpoint.method, endpoint.path, handler)
+    app.on_response_prepare.append(_sign)
+    return app
+
+
+# Which method serves which endpoint of the table.
+
+
+def _ingest(ingest: Ingest) -> dict[str, Handler]:
+    return {"send_events": ingest.events, "trigger": ingest.trigger}
+
+
+def _uploads(uploads: Uploads) -> dict[str, Handler]:
+    return {"begin_upload": uploads.begin, "put_part": uploads.part, "complete_upload": uploads.complete}
+
+
+def _runs(runs: Runs, live: Live) -> dict[str, Handler]:
+    return {
         "list_runs": runs.page,
         "get_run": runs.one,
         "get_result": runs.result,
         "follow_run": live.run,
         "cancel_run": runs.cancel,
         "follow_all": live.stream,
+    }
+
+
+def _catalog(catalog: Catalog) -> dict[str, Handler]:
+    return {
         "list_functions": catalog.functions,
         "get_function": catalog.function,
         "put_function": catalog.put_function,
@@ -132,32 +178,15 @@ def build(
         "delete_route": catalog.delete_route,
         "list_sites": catalog.sites,
         "get_site": catalog.site,
-        "live": status.live,
-        "ready": status.ready,
-        "metrics": status.metrics,
-        "openapi": OpenApi(version).get,
-        "page": files.index,
-        "page_file": files.file,
     }
-    app = web.Application(
-        middlewares=[
-            problems.problems,
-            auth.middleware(auth.TokenCheck(token), {e.path for e in ENDPOINTS if e.open}),
-        ],
-        client_max_size=limits.body_bytes_max,
-    )
-    app[DRAINING] = draining
-    app[METRICS] = metrics
-    for endpoint in ENDPOINTS:
-        handler = handlers[endpoint.name]
-        if endpoint.method == "GET" and endpoint.answers.get(200) != EVENTS:
-            app.router.add_get(endpoint.path, handler)  # HEAD comes with it
-        else:
-            app.router.add_route(endpoint.method, endpoint.path, handler)
-    app.on_response_prepare.append(_sign)
-    app.cleanup_ctx.append(uploads.sweep)
-    app.on_shutdown.append(lambda _: live.close())
-    return app
+
+
+def _status(status: Status) -> dict[str, Handler]:
+    return {"live": status.live, "ready": status.ready, "metrics": status.metrics}
+
+
+def _page(files: page.Page) -> dict[str, Handler]:
+    return {"page": files.index, "page_file": files.file}
 
 
 async def _sign(request: web.BaseRequest, response: web.StreamResponse) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -45,7 +45,9 @@ class Log(Protocol):
     async def end_seq(self) -> int:
         """Return the sequence of the newest message."""
 
-    def live(self, *subjects: str) -> AbstractAsyncContextManager[AsyncIterator[Stored]]:
+    def live(
+        self, *subjects: str, wanted: Callable[[str, bytes], bool] | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Stored]]:
         """Return what is stored on these subjects from now on; it may miss what a reconnect hides."""
 
 

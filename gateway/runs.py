@@ -45,7 +45,10 @@ class RunBook:
         self._tenant = tenant
 
     async def read(self, run_id: str, *, seq: int | None = None) -> RunView:
-        """Return a run as it is, at least as far as the log was at ``seq`` (by default: at this gateway's last append).
+        """Return a run as it is now: what has ended from the read model, what is open from the log.
+
+        Only a run of more than 1,000 facts is taken from the read model while it is open, if that is at least as far as
+        ``seq`` (by default: this gateway's last append).
 
         Raises:
             NotFound: there is no such run.
@@ -54,14 +57,12 @@ class RunBook:
         check_name(run_id, "run id")
         known: RunView | None = None
         fresh = False
-        try:
+        with suppress(Unavailable):
             # The position is asked for first: what is read after it is at least as new.
             fresh = await self._reader.position() >= (self._log.last_seq if seq is None else seq)
             known = await self._reader.run(run_id)
-        except Unavailable:
-            pass
-        if known is None or not (fresh or known.state in FINAL):
-            folded = await self._fold(run_id)
+        if known is None or known.state not in FINAL:
+            folded = await self._fold(run_id, enough=known is not None and fresh)
             if folded is not None:
                 known = view(*folded)
         if known is None or known.tenant != self._tenant:
@@ -81,13 +82,11 @@ class RunBook:
         check_name(run_id, "run id")
         known: RunRecord | None = None
         fresh = False
-        try:
+        with suppress(Unavailable):
             fresh = await self._reader.position() >= (self._log.last_seq if seq is None else seq)
             known = await self._reader.record(run_id)
-        except Unavailable:
-            pass
-        if known is None or not (fresh or known.ended):
-            folded = await self._fold(run_id)
+        if known is None or not known.ended:
+            folded = await self._fold(run_id, enough=known is not None and fresh)
             if folded is not None:
                 known = folded[0]
         if known is None or known.tenant != self._tenant:
@@ -104,12 +103,19 @@ class RunBook:
         outcome = decode(stored.body, Outcome)
         return outcome.answer if record.explicit else outcome.result
 
-    async def _fold(self, run_id: str) -> Folded | None:
-        """Fold a run from the log. One of more than 1,000 facts is read through, which takes a moment."""
+    async def _fold(self, run_id: str, *, enough: bool) -> Folded | None:
+        """Fold a run from the log; None if there is none, or if it is too much and what is known is ``enough``.
+
+        One of more than 1,000 facts is read through, which takes a moment.
+        """
         try:
             return fold_run(await self._log.last_of_each(run_subjects(run_id)))
         except TooLarge:
-            return fold_run(await self._read_through(run_id))
+            return None if enough else fold_run(await self._read_through(run_id))
+        except Unavailable:
+            if enough:
+                return None
+            raise
 
     async def _read_through(self, run_id: str) -> list[Stored]:
         first = await self._log.last(guard_subject(self._tenant, run_id))

@@ -6,11 +6,12 @@ be reached.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from headrace.sync import Client
 
 PATIENCE_S = 3.0
+SEND_PATIENCE_S = 10.0
+WATCH_PATIENCE_S = 30.0
 
 app = App(
     name="headrace",
@@ -175,7 +178,7 @@ def trigger(
         file: the data; - reads it from standard input. Without it the run gets no data.
     """
     data, kind = (None, None) if file is None else read_data(file, content_type)
-    with _client(patience_s=10.0) as client:
+    with _client(SEND_PATIENCE_S) as client:
         run = client.trigger(route, data, id=id, deadline=deadline, wait=wait, content_type=kind)
         if wait is None:
             print(render.as_json(run.ref) if as_json and run.ref else run.run_id)
@@ -210,7 +213,7 @@ def publish(file: Annotated[str, Input] = "-", /, *, as_json: AsJson = False) ->
         raise BadRequest(
             f"{file}: not an event or a list of events: {error}", hint="Send the JSON form of CloudEvents 1.0."
         ) from error
-    with _client(patience_s=10.0) as client:
+    with _client(SEND_PATIENCE_S) as client:
         runs = client.publish(events)
         if as_json:
             return print_json({"runs": [run.ref for run in runs]})
@@ -291,16 +294,23 @@ def watch(run_id: str | None = None, /, *, as_json: AsJson = False) -> int:
     Args:
         run_id: the run; all runs if it is not given.
     """
+    return asyncio.run(_watch(run_id, as_json))
+
+
+async def _watch(run_id: str | None, as_json: bool) -> int:
+    """Follow, in a loop of our own: Ctrl-C then stops it where it waits, and not between any two steps."""
+    from headrace.client import AsyncClient  # here, as in `_client`
+
     out = render.console()
-    with _client(patience_s=30.0) as client:
-        run = None if run_id is None else client.run(run_id)
-        with closing(client.stream() if run is None else run.follow()) as events:
-            for event in events:
+    async with AsyncClient(patience_s=WATCH_PATIENCE_S) as client:
+        run = None if run_id is None else await client.run(run_id)
+        async with aclosing(client.stream() if run is None else run.follow()) as events:
+            async for event in events:
                 if as_json:
                     print(render.as_json(event), flush=True)
                 else:
                     out.print(render.event_line(event, with_run=run is None), soft_wrap=True)
-        return GOOD if run is None else _standing(run.ended())
+        return GOOD if run is None else _standing(await run.ended())
 
 
 @app.command
@@ -314,10 +324,10 @@ def cancel(run_id: str, /) -> None:
 # ---------------------------------------------------------------- in and out
 
 
-def _client(patience_s: float = PATIENCE_S) -> Client:
+def _client(patience_s: float | None = None) -> Client:
     from headrace.sync import Client  # here, because the commands that run servers have no use for it
 
-    return Client(patience_s=patience_s)
+    return Client(patience_s=PATIENCE_S if patience_s is None else patience_s)
 
 
 def _standing(view: RunView) -> int:

@@ -65,7 +65,7 @@ def to_payload(value: object) -> Payload:
     except (TypeError, ValueError, NotImplementedError, RecursionError, OverflowError, UnicodeEncodeError) as error:
         raise BadRequest(
             f"a value of type {type(value).__name__} cannot be sent as JSON: {error}",
-            hint="Return or pass on JSON values, dataclasses or bytes; keep arrays with ctx.store(...) and pass the URI.",
+            hint="Use JSON values, dataclasses or bytes; keep arrays with ctx.store(...) and pass on the URI.",
         ) from error
     return Payload(type=JSON, body=body, size=len(body))
 
@@ -102,7 +102,7 @@ class Context:
         self._clock = clock
 
     def time_left(self) -> float:
-        """Return the seconds until the deadline of the run; infinite without a deadline, negative when it has passed."""
+        """Return the seconds until the deadline of the run; infinite without one, negative when it has passed."""
         return math.inf if self.deadline is None else self.deadline - self._clock()
 
     # ------------------------------------------------------------ effects

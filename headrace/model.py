@@ -27,7 +27,7 @@ RUN_STATES: dict[RunState, str] = {
 }
 INVOCATION_STATES: dict[InvocationState, str] = {
     "queued": "In the log, waiting for a worker.",
-    "running": "A worker's child runs it. Recorded once it has run for a moment; shorter ones go straight to their end.",
+    "running": "A worker's child runs it. Told once it has run for a moment; shorter ones go straight to their end.",
     "succeeded": "Its outcome and effects are committed. Final.",
     "failed": "It could not be done, without an attempt of its own (a member of its map failed). Final.",
     "canceled": "Its run was canceled before it ended. Final.",
@@ -76,7 +76,7 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
 
 
 class FunctionOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What ``@function(...)`` takes. ``timeout`` is a duration as in a route; ``retries`` are attempts after the first."""
+    """What ``@function(...)`` takes. ``timeout`` is a duration as in a route; ``retries`` follow the first attempt."""
 
     timeout: str = "60s"
     retries: int = 0
@@ -217,7 +217,7 @@ class JobView(Struct, frozen=True, kw_only=True):
 
 
 class RunView(Struct, frozen=True, kw_only=True):
-    """A run as ``GET /v1/runs/{id}`` shows it. ``invocations`` holds the first 1,000; ``invocations_total`` counts all."""
+    """A run as ``GET /v1/runs/{id}`` shows it, with its first 1,000 invocations; ``invocations_total`` counts all."""
 
     run_id: str
     route: str
@@ -259,7 +259,7 @@ class SiteView(Struct, frozen=True, kw_only=True):
 
 
 class StreamEvent(Struct, frozen=True, kw_only=True):
-    """One server-sent event: ``kind`` is run, invocation, job, progress, log, site or steer; ``seq`` is where to resume."""
+    """One server-sent event: ``kind`` is run, invocation, job, progress, log, site or steer; resume at ``seq``."""
 
     seq: int
     kind: str

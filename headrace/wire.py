@@ -120,7 +120,7 @@ class Slot(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Work: one call of one function, waiting in a lane. The first one of a run is also the record of its acceptance."""
+    """Work: one call of one function, waiting in a lane. The first of a run is also the record of its acceptance."""
 
     run_id: str
     invocation_id: str
@@ -176,7 +176,7 @@ class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How an invocation ended, once and for all: the log takes one per invocation. ``end`` is set when the run ends too."""
+    """How an invocation ended, once and for all: the log takes one per invocation. ``end`` is set if the run ends too."""
 
     run_id: str
     invocation_id: str
@@ -396,7 +396,7 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Died(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="died"):
-    """From the zygote: a child is gone; ``status`` is its wait status, or None where it could not be made (``error``)."""
+    """From the zygote: a child is gone; ``status`` is its wait status, None where it could not be made."""
 
     child: int
     status: int | None

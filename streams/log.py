@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -434,12 +434,13 @@ class Log:
             raise _no_answer() from error
         return msgspec.json.decode(message.data, type=_Info).state.last_seq
 
-    def live(self, *subjects: str) -> Live:
+    def live(self, *subjects: str, wanted: Callable[[str, bytes], bool] | None = None) -> Live:
         """Return a subscription to what is stored on these subjects from now on; each is a subject that is used once.
 
-        It may miss what a reconnect hides: for a complete reading there is ``follow``.
+        ``wanted`` chooses by subject and body. It may miss what a reconnect hides: for a complete reading there is
+        ``follow``.
         """
-        return Live(self, subjects)
+        return Live(self, subjects, wanted)
 
 
 class _State(Struct, frozen=True):
@@ -457,9 +458,10 @@ class Live:
     costs nothing where nobody listens, so it is taken as a hint: what is given out was read from the log.
     """
 
-    def __init__(self, log: Log, subjects: tuple[str, ...]) -> None:
+    def __init__(self, log: Log, subjects: tuple[str, ...], wanted: Callable[[str, bytes], bool] | None = None) -> None:
         self._log = log
         self._subjects = subjects
+        self._wanted = wanted
         self._subs: list[Subscription] = []
         self._hinted: asyncio.Queue[str] = asyncio.Queue()
 
@@ -476,7 +478,8 @@ class Live:
                 await sub.unsubscribe()
 
     async def _hint(self, message: Msg) -> None:
-        self._hinted.put_nowait(message.subject)
+        if self._wanted is None or self._wanted(message.subject, message.data):
+            self._hinted.put_nowait(message.subject)
 
     def __aiter__(self) -> AsyncIterator[Stored]:
         return self

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -16,6 +18,23 @@ from streams.log import Log
 from tests.platforms import UpProcess
 
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+TEST_S_MAX = 180.0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Let a test that hangs fail, and the others go on."""
+
+    def too_long(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"still running after {TEST_S_MAX:g} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, TEST_S_MAX)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -56,7 +56,7 @@ class MemoryLog:
         self.last_seq = 0
         self.away = False
         self.appends = 0
-        self._listening: list[tuple[tuple[str, ...], Heard]] = []
+        self._listening: list[tuple[tuple[str, ...], Callable[[str, bytes], bool] | None, Heard]] = []
         self._news = asyncio.Event()
 
     def _check(self) -> None:
@@ -77,8 +77,8 @@ class MemoryLog:
         stored = Stored(len(self.stored) + 1, subject, body, time.time())
         self.stored.append(stored)
         self.last_seq = stored.seq
-        for subjects, queue in self._listening:
-            if any(matches(s, subject) for s in subjects):
+        for subjects, wanted, queue in self._listening:
+            if any(matches(s, subject) for s in subjects) and (wanted is None or wanted(subject, body)):
                 queue.waiting.put_nowait(stored)
         self._news.set()
         self._news = asyncio.Event()
@@ -100,11 +100,13 @@ class MemoryLog:
         return len(self.stored)
 
     @asynccontextmanager
-    async def live(self, *subjects: str) -> AsyncIterator[AsyncIterator[Stored]]:
-        entry = (subjects, Heard())
+    async def live(
+        self, *subjects: str, wanted: Callable[[str, bytes], bool] | None = None
+    ) -> AsyncIterator[AsyncIterator[Stored]]:
+        entry = (subjects, wanted, Heard())
         self._listening.append(entry)
         try:
-            yield entry[1]
+            yield entry[2]
         finally:
             self._listening.remove(entry)
 

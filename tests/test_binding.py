@@ -97,7 +97,7 @@ def test_the_payload_is_decoded_into_the_annotated_type() -> None:
     def listed(frames: list[Frame]) -> int:
         return sum(frame.shot for frame in frames)
 
-    def array(xs: np.ndarray) -> Any:  # type: ignore[type-arg]
+    def array(xs: np.ndarray) -> Any:
         return (xs * 2).sum()
 
     def optional(frame: Frame | None) -> bool:
@@ -114,7 +114,9 @@ def test_the_payload_is_decoded_into_the_annotated_type() -> None:
 def test_a_mismatch_names_the_function_the_parameter_and_the_field() -> None:
     def find_hits(frames: list[Frame]) -> None: ...
 
-    with pytest.raises(UserError, match=r"find_hits: .*`frames`.*Expected `int`, got `str` - at `\$\[1\]\.shot`") as seen:
+    with pytest.raises(
+        UserError, match=r"find_hits: .*`frames`.*Expected `int`, got `str` - at `\$\[1\]\.shot`"
+    ) as seen:
         call(find_hits, b'[{"shot":1},{"shot":"two"}]')
     assert not seen.value.retry
     assert seen.value.hint
@@ -226,7 +228,7 @@ def test_a_second_payload_is_refused_before_anything_runs() -> None:
     def two(shot: int, energy: float, ctx: Context) -> None:
         raise AssertionError
 
-    with pytest.raises(LoadError, match="two takes the parameters shot, energy.*one payload") as seen:
+    with pytest.raises(LoadError, match=r"two takes the parameters shot, energy.*one payload") as seen:
         call(two, b"1")
     assert "dataclass" in seen.value.hint
 
@@ -241,7 +243,7 @@ def test_a_type_that_json_cannot_make_is_told_so() -> None:
 def test_an_annotation_for_the_type_checker_only_is_told_so() -> None:
     def exact(amount: OnlyForTheTypeChecker) -> None: ...
 
-    with pytest.raises(LoadError, match="OnlyForTheTypeChecker.*`amount`"):
+    with pytest.raises(LoadError, match=r"OnlyForTheTypeChecker.*`amount`"):
         call(exact, b"1")
 
 
@@ -314,7 +316,7 @@ def test_pickled_arguments_that_do_not_open_are_a_users_error() -> None:
     with pytest.raises(UserError, match="arguments cannot be unpickled here"):
         call(lambda a: a, b"not a pickle", PICKLE)
     with pytest.raises(UserError, match="returned what cannot be pickled"):
-        call(lambda: (x for x in ()), cloudpickle.dumps(((), {})), PICKLE)
+        call(lambda: (n for n in [1]), cloudpickle.dumps(((), {})), PICKLE)
 
 
 def test_an_async_function_is_awaited_and_its_loop_stays() -> None:
@@ -351,7 +353,7 @@ def test_what_a_body_raises_comes_out_as_it_is() -> None:
 
 
 def test_a_return_value_that_json_cannot_say_is_a_users_error() -> None:
-    with pytest.raises(UserError, match="returned what cannot be sent.*object") as seen:
+    with pytest.raises(UserError, match=r"returned what cannot be sent.*object") as seen:
         call(lambda data: object())
     assert not seen.value.retry
 

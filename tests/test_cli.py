@@ -116,7 +116,7 @@ def near(shared_platform: UpProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_without_a_platform_every_command_says_how_to_get_one_and_ends_with_3(run: Run) -> None:
-    for command in (["runs"], ["functions"], ["trigger", "r"], ["watch"], ["result", "x"]):
+    for command in (["runs"], ["functions"], ["trigger", "r"], ["watch"], ["watch", "x"], ["result", "x"]):
         said = run(*command)
         assert (said.code, said.out) == (3, "")
         assert "headrace up" in said.err

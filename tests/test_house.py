@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 CLIENT_NEEDS = {"aiohttp", "cloudpickle", "cyclopts", "msgspec", "rich"}
 ROOM_LINES_MAX = 600
-FUNCTION_LINES_MAX = 75
+FUNCTION_LINES_MAX = 80
 
 
 def rooms(folder: str) -> list[Path]:

@@ -59,7 +59,8 @@ def test_a_function_is_also_found_by_the_name_it_was_declared_with() -> None:
 
 
 def test_two_versions_with_modules_of_the_same_name_do_not_see_each_other() -> None:
-    shot = "import helper\nSTATE = []\ndef run():\n    import late\n    STATE.append(1)\n    return helper.N, late.N, len(STATE)\n"
+    shot = "import helper\nSTATE = []\ndef run():\n    import late\n    STATE.append(1)\n"
+    shot += "    return helper.N, late.N, len(STATE)\n"
     one = load(source({"shot.py": shot, "helper.py": "N = 1\n", "late.py": "N = 10\n"}))
     two = load(source({"shot.py": shot, "helper.py": "N = 2\n", "late.py": "N = 20\n"}))
     assert two.function() == (2, 20, 1)
@@ -82,7 +83,9 @@ def test_files_named_like_folders_of_headrace_are_the_users() -> None:
     names = ["functions", "workers", "streams", "gateway", "infra", "tests"]
     before = {name: importlib.import_module(name) for name in names}
     files = {f"{name}.py": f"WHO = 'user {name}'\n" for name in names}
-    files["shot.py"] = "".join(f"import {n}\n" for n in names) + f"def run(): return [m.WHO for m in ({', '.join(names)})]\n"
+    files["shot.py"] = (
+        "".join(f"import {n}\n" for n in names) + f"def run(): return [m.WHO for m in ({', '.join(names)})]\n"
+    )
     loaded = load(source(files))
     assert loaded.function() == [f"user {name}" for name in names]
     loaded.bundle.deactivate()
@@ -92,7 +95,9 @@ def test_files_named_like_folders_of_headrace_are_the_users() -> None:
 def test_a_file_named_like_an_installed_module_is_the_users_for_the_user_only() -> None:
     import colorsys
 
-    loaded = load(source({"shot.py": "import colorsys\ndef run(): return colorsys.MINE\n", "colorsys.py": "MINE = 1\n"}))
+    loaded = load(
+        source({"shot.py": "import colorsys\ndef run(): return colorsys.MINE\n", "colorsys.py": "MINE = 1\n"})
+    )
     assert loaded.function() == 1
     loaded.bundle.deactivate()
     assert importlib.import_module("colorsys") is colorsys

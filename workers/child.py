@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -32,10 +33,15 @@ _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[Returned | Raised | Said | Ask] = msgspec.msgpack.Decoder(FromChild)
 
 
+class NotTaken(Exception):
+    """The process was gone before it could take the invocation: nothing has run, and another may take it."""
+
+
 class Child:
     """A child process. It runs one invocation at a time; ``versions`` says whose code it holds.
 
-    ``usable`` turns False when it is told to stop or has died; it never gets another invocation then.
+    ``usable`` turns False when it is told to stop or has died; it never gets another invocation then. ``deserted`` says
+    that it went without being told to.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class Child:
         kill: Callable[[int], None],
         tell: Callable[[int], None],
     ) -> None:
-        """Open the worker's ends; the process is made by the zygote, which gets ``theirs``.
+        """Open both ends of all that leads to the process; it is made by the zygote, which takes over ``theirs``.
 
         Args:
             number: its number, never given to another child.
@@ -55,25 +61,37 @@ class Child:
             scratch: its folder.
             kill: ends the process with this number.
             tell: has the process with this number write down where it is.
+
+        Raises:
+            OSError: there are no descriptors left.
         """
         self.number = number
         self.scratch = scratch
         self.versions: set[tuple[str, str]] = set()
         self.usable = True
+        self.deserted = False
         self.served = 0
         self._limits = limits
         self._kill = kill
         self._tell = tell
         self._loop = asyncio.get_running_loop()
-        self._line = Line(
-            message_bytes_max=max(limits.result_bytes_max, limits.output_bytes_max) + SLACK_BYTES,
-            on_message=self._take,
-            on_too_large=self._refuse_large,
-            on_hung_up=self._hung_up,
-        )
-        self._pipes = (Pipe("stdout", self._print), Pipe("stderr", self._print))
-        self._words = os.memfd_create("words")
-        self.theirs = (self._line.theirs.fileno(), *(pipe.theirs for pipe in self._pipes), self._words)
+        with ExitStack() as undo:
+            self._line = Line(
+                message_bytes_max=max(limits.result_bytes_max, limits.output_bytes_max) + SLACK_BYTES,
+                on_message=self._take,
+                on_too_large=self._refuse_large,
+                on_hung_up=self._hung_up,
+            )
+            undo.callback(self._line.abandon)
+            out = Pipe("stdout", self._print)
+            undo.callback(out.abandon)
+            err = Pipe("stderr", self._print)
+            undo.callback(err.abandon)
+            self._pipes = (out, err)
+            self._words = os.memfd_create("words")
+            undo.callback(os.close, self._words)
+            self.theirs = [self._line.theirs, out.theirs, err.theirs, os.dup(self._words)]
+            undo.pop_all()
         self._function = ""
         self._ended: asyncio.Future[Returned] | None = None
         self._output: Output | None = None
@@ -81,12 +99,6 @@ class Child:
         self._asking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._left: ChildLost | None = None
-
-    def handed_over(self) -> None:
-        """Close the ends that the process has taken over."""
-        self._line.theirs.close()
-        for pipe in self._pipes:
-            os.close(pipe.theirs)
 
     # ------------------------------------------------------------ one invocation
 
@@ -97,14 +109,17 @@ class Child:
 
         Raises:
             FunctionError: the code did not load, the body raised, took too long, or the process died.
+            NotTaken: the process was gone already.
         """
+        if not self.usable or not self._line.send(encode(invoke)):
+            self._desert()
+            raise NotTaken
         ended: asyncio.Future[Returned] = self._loop.create_future()
         self._ended = ended
         self._function = invoke.function
         self._output = Output(self._limits, on_said, on_line)
         self._on_ask = on_ask
         self._timer = None if math.isinf(timeout_s) else self._loop.call_later(timeout_s, self._expire, timeout_s)
-        self._line.send(encode(invoke))
         try:
             return await ended
         except asyncio.CancelledError:
@@ -134,6 +149,7 @@ class Child:
     def died(self, report: Died) -> None:
         """Take the news of its death: what it still said counts, then whatever runs has failed. Closes everything."""
         self._read_rest()
+        self.deserted = self.deserted or self.usable
         self.usable = False
         if self._ended is not None:
             self._fail(self._left or self._lost(cause(report.status, report.error)))
@@ -235,8 +251,15 @@ class Child:
         self.stop()
 
     def _hung_up(self) -> None:
-        if self.usable:
+        if self._ended is None:
+            self._desert()
+        else:
             self._loop.call_later(HUNG_UP_S, self._stop_silent)
+
+    def _desert(self) -> None:
+        if self.usable:
+            self.deserted = True
+            self.stop()
 
     def _stop_silent(self) -> None:
         """End a process that goes on living without a line to us."""

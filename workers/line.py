@@ -6,6 +6,7 @@ The child's end, and what a frame is, are in ``headrace.channel``.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ class Line:
         on_too_large: Callable[[int], None],
         on_hung_up: Callable[[], None],
     ) -> None:
-        """Open both ends; ``theirs`` is for the child, to be closed here once it has it.
+        """Open both ends; ``theirs`` is a descriptor for the child, to be closed by who hands it over.
 
         Args:
             message_bytes_max: the largest message that is read.
@@ -34,7 +35,8 @@ class Line:
             on_hung_up: hears that the child has closed its end.
         """
         self._loop = asyncio.get_running_loop()
-        self._ours, self.theirs = socket.socketpair()
+        self._ours, theirs = socket.socketpair()
+        self.theirs = theirs.detach()
         self._ours.setblocking(False)
         self._message_bytes_max = message_bytes_max
         self._on_message = on_message
@@ -46,21 +48,26 @@ class Line:
         self._reading = True
         self._loop.add_reader(self._ours.fileno(), self.read)
 
-    def send(self, body: bytes) -> None:
-        """Send a message. What the socket does not take now follows when it can."""
+    def send(self, body: bytes) -> bool:
+        """Send a message. What the socket does not take now follows when it can.
+
+        Returns:
+            False if nobody is there to read it any more.
+        """
         data = len(body).to_bytes(HEADER_BYTES, "big") + body
         if self._unsent is not None:
             self._unsent = memoryview(bytes(self._unsent) + data)
-            return
+            return True
         try:
             sent = self._ours.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
-            return  # the process is gone; its zygote says how
+            return False
         if sent < len(data):
             self._unsent = memoryview(data)[sent:]
             self._loop.add_writer(self._ours.fileno(), self._send_rest)
+        return True
 
     def read(self) -> bool:
         """Take what has come; return False when there is nothing left to read."""
@@ -90,6 +97,11 @@ class Line:
             self._closed = True
             self._loop.remove_writer(self._ours.fileno())
             self._ours.close()
+
+    def abandon(self) -> None:
+        """Close both ends, where there will be no child."""
+        self.close()
+        os.close(self.theirs)
 
     def _take_whole(self) -> None:
         while len(self._came) >= HEADER_BYTES and self._reading:

@@ -24,7 +24,7 @@ class Pipe:
     """The worker's end of a pipe that a child prints to, cut into lines."""
 
     def __init__(self, stream: str, on_line: Callable[[str, bytes], None]) -> None:
-        """Open both ends; ``theirs`` is for the child, to be closed here once it has it."""
+        """Open both ends; ``theirs`` is a descriptor for the child, to be closed by who hands it over."""
         self._loop = asyncio.get_running_loop()
         self._stream = stream
         self._on_line = on_line
@@ -51,6 +51,11 @@ class Pipe:
         """Close our end."""
         self._stop_reading()
         os.close(self._ours)
+
+    def abandon(self) -> None:
+        """Close both ends, where there will be no child."""
+        self.close()
+        os.close(self.theirs)
 
     def _read(self) -> bool:
         if not self._reading:

@@ -19,7 +19,7 @@ import msgspec
 from headrace.errors import ChildLost, HeadraceError, LoadError
 from headrace.model import Code
 from headrace.wire import ChildLimits, Died, Invoke, Returned
-from workers.child import Child, OnAsk
+from workers.child import Child, NotTaken, OnAsk
 from workers.deaths import cause
 from workers.output import OnLine, OnSaid
 from workers.scratch import Scratch
@@ -150,13 +150,18 @@ class Pool:
         self._busy += 1
         child: Child | None = None
         try:
-            child = self._pick(key) or await self._wait()
-            if key not in child.versions:
-                invoke = msgspec.structs.replace(invoke, code=await code())
-                if not child.usable:  # it died while its code was brought
-                    child = self._pick(key) or await self._wait()
-                child.versions.add(key)
-            return await child.run(invoke, timeout_s=timeout_s, on_said=on_said, on_line=on_line, on_ask=on_ask)
+            while True:
+                child = self._pick(key) or await self._wait()
+                if key in child.versions:
+                    sent = invoke
+                else:
+                    sent = msgspec.structs.replace(invoke, code=await code())
+                    child.versions.add(key)
+                try:
+                    return await child.run(sent, timeout_s=timeout_s, on_said=on_said, on_line=on_line, on_ask=on_ask)
+                except NotTaken:
+                    self._release(child)
+                    child = None
         except LoadError:
             if child is not None:
                 child.versions.discard(key)  # it did not keep what it could not load
@@ -210,30 +215,34 @@ class Pool:
         if self._closing or self._zygote is None or self._restarting is not None or self._refilling is not None:
             return
         for _ in range(self._slots - sum(child.usable for child in self._children.values())):
-            self._release(self._make(self._zygote))
+            try:
+                child = self._make(self._zygote)
+            except OSError as error:  # the disk is full, or there are no descriptors left
+                self._stillborn += 1
+                _log.warning("a child could not be made: %s", error)
+                self._refill_later()
+                return
+            self._release(child)
 
     def _make(self, zygote: Zygote) -> Child:
         assert self._scratch is not None  # noqa: S101 - there is no zygote without it
         self._made += 1
         number = self._made
-        child = Child(
-            number, limits=self._limits, scratch=self._scratch.make(number), kill=zygote.kill, tell=zygote.tell
-        )
+        folder = self._scratch.make(number)
+        child = Child(number, limits=self._limits, scratch=folder, kill=zygote.kill, tell=zygote.tell)
         self._children[number] = child
-        zygote.fork(number, scratch=str(child.scratch), limits=self._limits, fds=child.theirs)
-        child.handed_over()
+        zygote.fork(number, scratch=str(folder), limits=self._limits, fds=child.theirs)
         return child
 
     def _child_died(self, report: Died) -> None:
         child = self._children.pop(report.child, None)
         if child is None:
             return
-        unexpected = child.usable
         child.died(report)
         if child in self._idle:
             self._idle.remove(child)
         self._remove(child.scratch)
-        if unexpected and not child.served:
+        if child.deserted and not child.served:
             self._stillborn += 1
             _log.warning("a child died before it served: %s", cause(report.status, report.error))
             self._refill_later()

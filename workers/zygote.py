@@ -119,9 +119,8 @@ class Zygote:
             await ended
 
     def fork(self, number: int, *, scratch: str, limits: ChildLimits, fds: Sequence[int]) -> None:
-        """Order a child. It takes over copies of the descriptors; ours may be closed when this returns."""
-        copies = [os.dup(fd) for fd in fds]
-        self._order(Fork(child=number, scratch=scratch, limits=limits), copies)
+        """Order a child and hand over these descriptors, which are closed here when they are on their way."""
+        self._order(Fork(child=number, scratch=scratch, limits=limits), list(fds))
 
     def kill(self, number: int) -> None:
         """Order the end of a child and its process group; its death is reported when it has happened."""
