@@ -176,7 +176,7 @@ class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How an invocation ended, once and for all: the log takes one per invocation. ``end`` is set if the run ends too."""
+    """How an invocation ended, once and for all. ``end`` is set if its run ends with it."""
 
     run_id: str
     invocation_id: str
