@@ -472,19 +472,11 @@ class _Voice:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
-        invocation = delivery.invocation
-        started = Started(
-            run_id=invocation.run_id,
-            invocation_id=invocation.invocation_id,
-            function=invocation.function,
-            version=invocation.version,
-            worker=worker,
-            attempt=attempt,
-            queued_at=delivery.at,
-            started_at=started_at,
-            parent_id=invocation.parent_id,
-        )
-        self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start, started)
+        self._delivery = delivery
+        self._worker = worker
+        self._attempt = attempt
+        self._started_at = started_at
+        self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start)
 
     def said(self, said: Said) -> None:
         """Take a line of ``ctx.log`` or a progress report."""
@@ -534,7 +526,19 @@ class _Voice:
         self._lines, self._fraction, self._text = [], None, ""
         return Record(note_subject(run, identity), encode(note))
 
-    def _tell_start(self, started: Started) -> None:
+    def _tell_start(self) -> None:
+        invocation = self._invocation
+        started = Started(
+            run_id=invocation.run_id,
+            invocation_id=invocation.invocation_id,
+            function=invocation.function,
+            version=invocation.version,
+            worker=self._worker,
+            attempt=self._attempt,
+            queued_at=self._delivery.at,
+            started_at=self._started_at,
+            parent_id=invocation.parent_id,
+        )
         self._append(Record(start_subject(started.run_id, started.invocation_id), encode(started)))
 
     def _append(self, record: Record) -> None:
