@@ -41,6 +41,7 @@ REDIS_ANSWER_S = 5.0
 REDIS_CONNECT_S = 2.0
 SETUP_S = 30.0
 CLOSE_S = 5.0
+OUTCOMES_LINGER_S = 0.008
 
 Ready = Callable[[], None]
 
@@ -68,8 +69,8 @@ async def _link(settings: Settings, role: str) -> AsyncIterator[Link]:
 
 
 @asynccontextmanager
-async def _log_on(link: Link) -> AsyncIterator[Log]:
-    log = Log(link)
+async def _log_on(link: Link, linger_s: float = 0.0) -> AsyncIterator[Log]:
+    log = Log(link, linger_s=linger_s)
     await log.start()
     try:
         yield log
@@ -177,7 +178,7 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     slots = settings.worker_slots or os.cpu_count() or 1
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.WORKER))
-        log = await stack.enter_async_context(_log_on(link))
+        log = await stack.enter_async_context(_log_on(link, OUTCOMES_LINGER_S))
         tables = await stack.enter_async_context(_tables_on(link))
         pool = Pool(
             slots,

@@ -39,9 +39,7 @@ ANSWER_TIMEOUT_S = 2.0
 READ_MANY_MAX = 1000
 HINT_FIRST_LOOK_S = 0.0003
 HINT_LAST_LOOK_S = 5.0
-# After a group of this size more is on its way: waiting for it makes each message cheaper for everybody.
 LINGER_AFTER_MESSAGES = 16
-LINGER_S = 0.004
 
 WRONG_LAST_SEQUENCE = 10071
 STREAM_FULL = 10077
@@ -111,8 +109,16 @@ _read_ack = msgspec.json.Decoder(_Ack).decode
 class Log:
     """Appends to the stream and reads from it; one per process, shared by all its tasks."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, linger_s: float = 0.0) -> None:
+        """Use a link.
+
+        Args:
+            link: the connection.
+            linger_s: after a crowded group, how long to wait for the next one to gather. Each message gets cheaper for
+                the server and for us, and waits longer: for those whose callers do not wait one by one.
+        """
         self._link = link
+        self._linger_s = linger_s
         self._queue: deque[_Unit] = deque()
         self._committer: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -186,8 +192,8 @@ class Log:
                     for unit in group:
                         if not unit.done.done():
                             unit.done.set_exception(Unavailable(f"the log failed: {error}", hint="Send it again."))
-                if crowded:
-                    await asyncio.sleep(LINGER_S)
+                if crowded and self._linger_s:
+                    await asyncio.sleep(self._linger_s)
 
     def _take_group(self) -> list[_Unit]:
         """Take the units that wait, up to the limits of one batch; the first always fits."""
