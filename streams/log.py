@@ -1,8 +1,8 @@
 """The log: append with group commit, and read back.
 
 One fsync per message is what a synced log costs (2,000 to 5,000 messages a second); an atomic batch pays it once.
-So while one group of appends is in flight, the next one gathers, and each group travels as one atomic batch. A lone
-append goes at once as a single message. A group that is refused because of one of its members is sent again member
+So while one group of appends is in flight, the next one gathers, and each group travels as one atomic batch; a crowd
+does not wait for the group before it. A lone append goes at once as a single message. A group that is refused because of one of its members is sent again member
 by member, so that each caller gets the answer to its own.
 """
 
@@ -39,7 +39,8 @@ ANSWER_TIMEOUT_S = 2.0
 READ_MANY_MAX = 1000
 HINT_FIRST_LOOK_S = 0.0003
 HINT_LAST_LOOK_S = 5.0
-LINGER_AFTER_MESSAGES = 16
+CROWD = 16
+GROUPS_IN_FLIGHT = 2
 
 WRONG_LAST_SEQUENCE = 10071
 STREAM_FULL = 10077
@@ -175,25 +176,43 @@ class Log:
         return await waiting.done
 
     async def _commit_for_ever(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            await asyncio.sleep(0)  # whoever is about to append in this turn of the loop joins the group
-            while self._queue:
-                group = self._take_group()
-                crowded = len(group) >= LINGER_AFTER_MESSAGES
-                try:
-                    await self._commit(group)
-                except asyncio.CancelledError:
-                    self._queue.extendleft(reversed(group))
-                    raise
-                except Exception as error:
-                    _log.exception("a group of %d units could not be appended", len(group))
-                    for unit in group:
-                        if not unit.done.done():
-                            unit.done.set_exception(Unavailable(f"the log failed: {error}", hint="Send it again."))
-                if crowded and self._linger_s:
-                    await asyncio.sleep(self._linger_s)
+        """Send group after group. A second one goes while the first is in flight only if it is a crowd by itself."""
+        flying: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                await asyncio.sleep(0)  # whoever is about to append in this turn of the loop joins the group
+                while self._queue:
+                    if len(flying) >= (GROUPS_IN_FLIGHT if len(self._queue) >= CROWD else 1):
+                        waker = asyncio.ensure_future(self._wake.wait())
+                        await asyncio.wait({*flying, waker}, return_when=asyncio.FIRST_COMPLETED)
+                        waker.cancel()
+                        self._wake.clear()
+                        continue
+                    group = self._take_group()
+                    task = asyncio.create_task(self._commit_group(group))
+                    flying.add(task)
+                    task.add_done_callback(flying.discard)
+                    if len(group) >= CROWD and self._linger_s:
+                        await asyncio.wait({task})
+                        await asyncio.sleep(self._linger_s)
+        finally:
+            for task in flying:
+                task.cancel()
+            await asyncio.gather(*flying, return_exceptions=True)
+
+    async def _commit_group(self, group: list[_Unit]) -> None:
+        try:
+            await self._commit(group)
+        except asyncio.CancelledError:
+            self._queue.extendleft(reversed(group))
+            raise
+        except Exception as error:
+            _log.exception("a group of %d units could not be appended", len(group))
+            for unit in group:
+                if not unit.done.done():
+                    unit.done.set_exception(Unavailable(f"the log failed: {error}", hint="Send it again."))
 
     def _take_group(self) -> list[_Unit]:
         """Take the units that wait, up to the limits of one batch; the first always fits."""
