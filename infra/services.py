@@ -247,11 +247,8 @@ def run(role: str, settings: Settings) -> None:
     import uvloop
 
     telemetry.configure(level=settings.log_level, role=role)
-    if os.environ.get("XGC") == "1":
-        import gc
-
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 20)
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(role, settings))
 
