@@ -145,6 +145,8 @@ class Live:
             with suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(CLOSE_S):
                     await response.write_eof()
+        except ConnectionError:
+            pass  # the client has gone, which is how most streams end
         except HeadraceError as error:
             _log.warning("a stream of events ends: %s", error)  # headers are sent; the client comes back by itself
         finally:

@@ -11,9 +11,12 @@ from typing import Any
 from nats.aio.client import Client as NatsClient
 from nats.js import JetStreamContext
 
+from headrace.errors import Unavailable
+
 _log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2
+OPEN_TIMEOUT_S = 20.0
 PING_INTERVAL_S = 1
 PINGS_UNANSWERED_MAX = 3
 RECONNECT_WAIT_S = 0.1
@@ -29,6 +32,7 @@ class Link:
 
     def __init__(self) -> None:
         self.nc = NatsClient()
+        self.last_error = ""
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
 
     @property
@@ -66,6 +70,7 @@ class Link:
 
     async def failed(self, error: Exception) -> None:
         """Called by the client when something goes wrong in the background."""
+        self.last_error = str(error)
         _log.warning("NATS says: %s", error)
 
     async def close(self) -> None:
@@ -81,7 +86,7 @@ async def open_link(url: str, *, user: str = "", password: str = "", name: str =
     """Connect to one or more servers (URLs parted by commas) and return the link.
 
     Raises:
-        OSError, nats.errors.Error: no server answers at the first try, or the credentials are refused.
+        Unavailable: no server answered within 20 s, or all refuse the credentials.
     """
     link = Link()
     options: dict[str, Any] = {
@@ -103,5 +108,13 @@ async def open_link(url: str, *, user: str = "", password: str = "", name: str =
     }
     if user:
         options |= {"user": user, "password": password}
-    await link.nc.connect(**options)
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            await link.nc.connect(**options)
+    except TimeoutError as error:
+        await link.close()
+        raise Unavailable(
+            f"no NATS server at {url} takes this connection: {link.last_error or 'none answers'}",
+            hint="Check HEADRACE_NATS_URL, the user and its password file; `headrace doctor` looks for the cause.",
+        ) from error
     return link

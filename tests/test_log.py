@@ -10,6 +10,7 @@ import pytest
 
 from headrace.errors import TooLarge, Unavailable
 from infra.embedded import NatsServer
+from streams.link import open_link
 from streams.log import AlreadyThere, Log, Record
 from streams.topology import done_subject, run_subjects, work_subject
 
@@ -122,3 +123,12 @@ async def test_an_append_to_a_server_that_stays_away_ends_with_unavailable(log: 
         await log.append([Record("hr.note.r.i", b"")], timeout_s=0.5)
     assert caught.value.retry_after_s > 0
     assert caught.value.hint
+
+
+async def test_a_connection_with_a_wrong_password_is_refused_in_time_and_told(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.link.OPEN_TIMEOUT_S", 1.0)
+    with pytest.raises(Unavailable, match="Authorization") as caught:
+        await open_link(nats_server.url, user="gateway", password="wrong", name="test")
+    assert "password" in caught.value.hint
