@@ -69,7 +69,7 @@ from workers.staging import grant
 
 _log = logging.getLogger(__name__)
 
-UNCOMMITTED_MAX = 2000
+UNCOMMITTED_MAX = 1000
 STARTED_AFTER_S = 0.1
 NOTE_EVERY_S = 0.1
 APPEND_TIMEOUT_S = 60.0
