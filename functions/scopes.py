@@ -14,7 +14,8 @@ from functions.qos import lane
 from headrace.model import ErrorInfo
 from headrace.names import invocation_id
 from headrace.wire import GATHER, Gather, Invocation, Outcome, Payload, RunEnd, Slot, Tally, decode, encode
-from streams.log import Record, Stored
+from streams.log import Record
+from streams.stored import Stored
 from streams.topology import end_subject, tally_subject, work_subject
 
 

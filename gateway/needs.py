@@ -10,8 +10,9 @@ from typing import Protocol, TypeVar
 from headrace.model import RunPage, RunView
 from headrace.wire import FunctionRecord, RouteRecord
 from streams.blobs import Blobs
-from streams.log import Record, Stored
+from streams.log import Record
 from streams.record import RunRecord
+from streams.stored import Stored
 
 T = TypeVar("T")
 

@@ -18,8 +18,9 @@ from headrace.model import FINAL, RunState, RunView
 from headrace.names import check_name
 from headrace.wire import Cancel, Outcome, Payload, decode, encode
 from streams.blobs import Blobs
-from streams.log import AlreadyThere, Record, Stored
+from streams.log import AlreadyThere, Record
 from streams.record import InvocationRecord, RunRecord, fold_run, view
+from streams.stored import Stored
 from streams.topology import cancel_subject, done_subject, run_subjects
 
 LIMIT_MAX = 1000

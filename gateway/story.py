@@ -15,8 +15,8 @@ from headrace.clock import format_instant, maybe_instant
 from headrace.errors import NotFound, Unavailable
 from headrace.model import FINAL
 from headrace.wire import Attempt, Cancel, Invocation, Note, Outcome, RunEnd, Started, decode
-from streams.log import Stored
 from streams.record import RunRecord
+from streams.stored import Stored
 from streams.topology import kind_of
 
 REMEMBERED_MAX = 10_000

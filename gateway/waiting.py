@@ -13,7 +13,7 @@ from gateway.runs import RunBook
 from headrace.errors import BadRequest, NotFound
 from headrace.model import FINAL, RunView
 from headrace.wire import Outcome, decode
-from streams.log import Stored
+from streams.stored import Stored
 from streams.topology import cancel_subject, done_subject, end_subject, kind_of
 
 _WAIT = re.compile(r'(?:^|[,;\s])wait\s*=\s*"?([0-9]{1,6}(?:\.[0-9]{1,6})?)"?(?=$|[,;\s])', re.IGNORECASE)

@@ -12,8 +12,9 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from streams.log import Log, Stored
+from streams.log import Log
 from streams.poll import Arrival, Poll
+from streams.stored import Stored
 from streams.topology import STREAM
 
 IDLE_S = 5.0

@@ -26,8 +26,9 @@ from headrace.errors import BadRequest, Unavailable
 from headrace.model import RunPage, RunView
 from headrace.wire import Invocation, decode, encode
 from streams.follow import follow
-from streams.log import Log, Stored
+from streams.log import Log
 from streams.record import InvocationRecord, RunRecord, apply, apply_invocation, fact_of, view
+from streams.stored import Stored
 
 _log = logging.getLogger(__name__)
 

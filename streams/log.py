@@ -9,14 +9,12 @@ of one of its members is sent again member by member, so that each caller gets t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -25,6 +23,8 @@ from nats.aio.subscription import Subscription
 
 from headrace.errors import HeadraceError, TooLarge, Unavailable
 from streams.link import Link
+from streams.live import Live
+from streams.stored import Stored
 from streams.topology import STREAM
 
 _log = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ UNIT_MESSAGES_MAX = 900
 WAITING_UNITS_MAX = 20_000
 ANSWER_TIMEOUT_S = 2.0
 READ_MANY_MAX = 1000
-HINT_FIRST_LOOK_S = 0.0003
-HINT_LAST_LOOK_S = 5.0
 CROWD = 16
 GROUPS_IN_FLIGHT = 2
 
@@ -56,15 +54,6 @@ class Record(NamedTuple):
     body: bytes
     absent: str | None = None
     expected: int = 0
-
-
-class Stored(NamedTuple):
-    """A message of the log: its sequence, its subject, its body, and the log's own time of storing it."""
-
-    seq: int
-    subject: str
-    body: bytes
-    at: float
 
 
 class AlreadyThere(HeadraceError):
@@ -465,7 +454,7 @@ class Log:
         ``wanted`` chooses by subject and body. It may miss what a reconnect hides: for a complete reading there is
         ``follow``.
         """
-        return Live(self, subjects, wanted)
+        return Live(self.link, self.last, subjects, wanted)
 
 
 class _State(Struct, frozen=True):
@@ -474,58 +463,6 @@ class _State(Struct, frozen=True):
 
 class _Info(Struct, frozen=True):
     state: _State = _State()
-
-
-class Live:
-    """What is stored from now on, soon after it is stored: enter it, then iterate.
-
-    The server passes every message on to those who listen before it is stored, and also one that it then refuses. That
-    costs nothing where nobody listens, so it is taken as a hint: what is given out was read from the log.
-    """
-
-    def __init__(self, log: Log, subjects: tuple[str, ...], wanted: Callable[[str, bytes], bool] | None = None) -> None:
-        self._log = log
-        self._subjects = subjects
-        self._wanted = wanted
-        self._subs: list[Subscription] = []
-        self._hinted: asyncio.Queue[str] = asyncio.Queue()
-
-    async def __aenter__(self) -> Self:
-        for subject in self._subjects:
-            self._subs.append(await self._log.link.nc.subscribe(subject, cb=self._hint))
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for sub in self._subs:
-            if not self._log.link.nc.is_closed:
-                await sub.unsubscribe()
-
-    async def _hint(self, message: Msg) -> None:
-        if self._wanted is None or self._wanted(message.subject, message.data):
-            self._hinted.put_nowait(message.subject)
-
-    def __aiter__(self) -> AsyncIterator[Stored]:
-        return self
-
-    async def __anext__(self) -> Stored:
-        while True:
-            stored = await self._await_stored(await self._hinted.get())
-            if stored is not None:
-                return stored
-
-    async def _await_stored(self, subject: str) -> Stored | None:
-        """Look until the hinted message is there; one that was refused never is."""
-        delay_s = HINT_FIRST_LOOK_S
-        while delay_s < HINT_LAST_LOOK_S:
-            await asyncio.sleep(delay_s)
-            with contextlib.suppress(Unavailable):
-                stored = await self._log.last(subject)
-                if stored is not None:
-                    return stored
-            delay_s *= 2
-        return None
 
 
 def _guard(record: Record) -> dict[str, str] | None:

@@ -31,7 +31,7 @@ from headrace.wire import (
     Started,
     decode,
 )
-from streams.log import Stored
+from streams.stored import Stored
 from streams.topology import kind_of
 
 INVOCATIONS_SHOWN_MAX = 1000

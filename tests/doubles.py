@@ -12,8 +12,9 @@ from typing import Generic, TypeVar
 from headrace.errors import TooLarge, Unavailable
 from headrace.model import RunPage, RunView
 from headrace.wire import FunctionRecord, RouteRecord
-from streams.log import READ_MANY_MAX, AlreadyThere, Record, Stored
+from streams.log import READ_MANY_MAX, AlreadyThere, Record
 from streams.record import InvocationRecord, RunRecord, fold_run, view
+from streams.stored import Stored
 
 T = TypeVar("T")
 

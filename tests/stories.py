@@ -6,7 +6,8 @@ from functions.admission import Admitted, admit, body_digest
 from functions.effects import Attempted, World, fail, succeed
 from headrace.model import ErrorInfo, FunctionOptions, Route
 from headrace.wire import Effect, EventMeta, FunctionRecord, Invocation, Payload, RouteRecord, decode
-from streams.log import Record, Stored
+from streams.log import Record
+from streams.stored import Stored
 
 
 def function(name: str = "f", **options: object) -> FunctionRecord:

@@ -9,7 +9,8 @@ from contextlib import aclosing
 
 from infra.embedded import NatsServer
 from streams.follow import follow
-from streams.log import Log, Record, Stored
+from streams.log import Log, Record
+from streams.stored import Stored
 
 
 def kill(server: NatsServer) -> None:

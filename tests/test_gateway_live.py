@@ -32,8 +32,8 @@ from headrace.wire import (
     Tally,
     encode,
 )
-from streams.log import Stored
 from streams.record import fold_run, view
+from streams.stored import Stored
 from streams.topology import cancel_subject, done_subject, end_subject, note_subject
 from tests.doors import Door, Doors
 

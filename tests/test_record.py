@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from headrace.wire import NOTHING, Call, Cancel, encode
-from streams.log import Record, Stored
+from streams.log import Record
 from streams.record import RunRecord, fold_run, view
+from streams.stored import Stored
 from streams.topology import cancel_subject
 from tests.stories import children, failure, stored, success, trigger
 

@@ -20,8 +20,9 @@ from headrace.wire import Cancel, ChildLimits, EventMeta, Note, Outcome, Payload
 from streams.blobs import FolderBlobs, check_out
 from streams.follow import follow
 from streams.link import Link
-from streams.log import Log, Record, Stored
+from streams.log import Log, Record
 from streams.record import InvocationRecord, RunRecord, fold_run
+from streams.stored import Stored
 from streams.tables import Tables, open_tables
 from streams.topology import cancel_subject, done_subject, note_subject, run_subjects
 from tests.stories import route

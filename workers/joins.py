@@ -15,7 +15,8 @@ from contextlib import aclosing
 from functions.scopes import Fill, Scope, read, tally, upward
 from headrace.errors import Unavailable
 from streams.follow import follow
-from streams.log import AlreadyThere, Log, Record, Stored
+from streams.log import AlreadyThere, Log, Record
+from streams.stored import Stored
 from streams.topology import tally_subject
 
 SCOPES_KEPT_MAX = 1000

@@ -42,36 +42,31 @@ from headrace.wire import (
     Invocation,
     Invoke,
     Map,
-    Note,
     Outcome,
     Payload,
     Returned,
-    Said,
     Spread,
-    Started,
     decode,
     encode,
 )
 from streams.blobs import Blobs, check_in, check_out
 from streams.follow import follow
 from streams.intake import Delivery, Intake
-from streams.log import AlreadyThere, Log, Record, Stored
+from streams.log import AlreadyThere, Log, Record
+from streams.stored import Stored
 from streams.tables import Tables
 from streams.topology import (
     attempt_subject,
     done_subject,
-    note_subject,
-    start_subject,
 )
 from workers.joins import Joins
 from workers.pool import Pool
 from workers.staging import grant
+from workers.voice import Voice
 
 _log = logging.getLogger(__name__)
 
 UNCOMMITTED_MAX = 1000
-STARTED_AFTER_S = 0.1
-NOTE_EVERY_S = 0.1
 APPEND_TIMEOUT_S = 60.0
 TROUBLE_DELAY_S = 1.0
 CANCELS_KEPT_MAX = 100_000
@@ -209,7 +204,7 @@ class Worker:
     async def _attempt(self, delivery: Delivery, attempt: int, slot_free: Callable[[], None]) -> bool:
         invocation = delivery.invocation
         started_at = time.time()
-        voice = _Voice(self._log, delivery, self._tools.name, attempt, started_at)
+        voice = Voice(self._log, delivery, self._tools.name, attempt, started_at)
         record: FunctionRecord | None = None
         error: FunctionError
         try:
@@ -249,7 +244,7 @@ class Worker:
         tried = self._tried(delivery, attempt, started_at, ended_at)
         return await self._failed(delivery, tried, error, record, await voice.close())
 
-    async def _run(self, delivery: Delivery, attempt: int, record: FunctionRecord, voice: _Voice) -> Returned:
+    async def _run(self, delivery: Delivery, attempt: int, record: FunctionRecord, voice: Voice) -> Returned:
         invocation = delivery.invocation
         kind, body = await self._body(invocation)
         invoke = Invoke(
@@ -458,99 +453,6 @@ class _Once:
         act, self._act = self._act, None
         if act is not None:
             act()
-
-
-class _Voice:
-    """What one attempt says, on its way to the log: gathered for a moment, so that a chatty body costs few messages."""
-
-    def __init__(self, log: Log, delivery: Delivery, worker: str, attempt: int, started_at: float) -> None:
-        self._log = log
-        self._invocation = delivery.invocation
-        self._lines: list[tuple[str, str]] = []
-        self._fraction: float | None = None
-        self._text = ""
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._sending: set[asyncio.Task[None]] = set()
-        self._delivery = delivery
-        self._worker = worker
-        self._attempt = attempt
-        self._started_at = started_at
-        self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start)
-
-    def said(self, said: Said) -> None:
-        """Take a line of ``ctx.log`` or a progress report."""
-        if said.fraction is None:
-            self._lines.append((said.level, said.text))
-        else:
-            self._fraction, self._text = said.fraction, said.text
-        self._soon()
-
-    def line(self, stream: str, line: str) -> None:
-        """Take a line of stdout or stderr."""
-        self._lines.append((stream, line))
-        self._soon()
-
-    async def close(self) -> list[Record]:
-        """Return what has not been sent, to go in front of the outcome; all before it is in the log."""
-        self._start.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._sending:
-            await asyncio.gather(*self._sending, return_exceptions=True)
-        note = self._note()
-        return [] if note is None else [note]
-
-    def _soon(self) -> None:
-        if self._timer is None:
-            self._timer = self._loop.call_later(NOTE_EVERY_S, self._send)
-
-    def _send(self) -> None:
-        self._timer = None
-        note = self._note()
-        if note is not None:
-            self._append(note)
-
-    def _note(self) -> Record | None:
-        if not self._lines and self._fraction is None:
-            return None
-        run, identity = self._invocation.run_id, self._invocation.invocation_id
-        note = Note(
-            run_id=run,
-            invocation_id=identity,
-            at=time.time(),
-            lines=self._lines,
-            fraction=self._fraction,
-            text=self._text,
-        )
-        self._lines, self._fraction, self._text = [], None, ""
-        return Record(note_subject(run, identity), encode(note))
-
-    def _tell_start(self) -> None:
-        invocation = self._invocation
-        started = Started(
-            run_id=invocation.run_id,
-            invocation_id=invocation.invocation_id,
-            function=invocation.function,
-            version=invocation.version,
-            worker=self._worker,
-            attempt=self._attempt,
-            queued_at=self._delivery.at,
-            started_at=self._started_at,
-            parent_id=invocation.parent_id,
-        )
-        self._append(Record(start_subject(started.run_id, started.invocation_id), encode(started)))
-
-    def _append(self, record: Record) -> None:
-        task = self._loop.create_task(self._try_append(record))
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
-
-    async def _try_append(self, record: Record) -> None:
-        try:
-            await self._log.append([record])
-        except HeadraceError as error:  # what a function said is worth keeping, but not worth failing it
-            _log.warning("a note of invocation %s is lost: %s", self._invocation.invocation_id, error)
 
 
 def _listed(payloads: list[Payload]) -> Payload:
