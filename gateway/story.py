@@ -26,7 +26,17 @@ Told = list[tuple[str, Data]]
 
 
 def events_of(stored: Stored) -> Told:
-    """Return the events (name, data) that a message of the log makes; none for what is of no interest outside."""
+    """Return the events (name, data) that a message of the log makes; none for what is of no interest outside.
+
+    One that cannot be read makes none: a stream that broke off at it would break off there for ever.
+    """
+    try:
+        return _read(stored)
+    except msgspec.MsgspecError:
+        return []
+
+
+def _read(stored: Stored) -> Told:
     match kind_of(stored.subject):
         case "work":
             return _queued(decode(stored.body, Invocation), stored)

@@ -40,7 +40,7 @@ class _Stream(io.BufferedIOBase):
         """Return the descriptor for code that writes beside Python, such as a subprocess."""
         return self._descriptor
 
-    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]
+    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]  # bytes-like is all that comes
         """Pass on the lines that are complete."""
         raw = bytes(data)
         if os.getpid() != self._process:
@@ -85,6 +85,7 @@ class Capture:
         """Put the streams in place; an earlier invocation may have closed or replaced them."""
         if self._out.closed or self._err.closed:
             self._open()
+        # Declared final, and taken all the same: code that prints to the original streams is heard too.
         sys.stdout = sys.__stdout__ = self._out  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = self._err  # type: ignore[misc]
 

@@ -56,7 +56,7 @@ _WRITE_TABLES = tuple(f"$KV.{bucket}.>" for bucket in BUCKETS)
 RIGHTS: dict[str, Rights] = {
     ADMIN: Rights(publish=(">",), subscribe=(">",)),
     GATEWAY: Rights(
-        publish=(*_READ_LOG, *_READ_TABLES, *_WRITE_TABLES, "hr.work.>", "hr.cancel.*", "hr.end.*"),
+        publish=(*_READ_LOG, *_READ_TABLES, *_WRITE_TABLES, "hr.work.>", "hr.cancel.*"),
         subscribe=("hr.done.>", "hr.end.*", "hr.cancel.*"),
     ),
     WORKER: Rights(
@@ -70,7 +70,6 @@ RIGHTS: dict[str, Rights] = {
             "hr.start.>",
             "hr.try.>",
             "hr.note.>",
-            "hr.cancel.*",
             f"$JS.API.CONSUMER.INFO.{STREAM}.*",
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import nats.errors
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
@@ -100,7 +101,7 @@ class Poll:
             EXPIRES_S * 1_000_000_000,
             HEARTBEAT_S * 1_000_000_000,
         )
-        with contextlib.suppress(OSError):  # a connection lost this instant: the reconnect asks again
+        with contextlib.suppress(OSError, nats.errors.Error):  # lost this instant: a reconnect asks again
             await self._link.nc.publish(self._next, request, reply=f"{self._prefix}{self._round}")
 
     async def _hear(self, message: Msg) -> None:

@@ -5,8 +5,10 @@ Facts arrive in the order of the log. Each is applied once; what is final stays 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
+import msgspec
 from msgspec import Struct, structs
 
 from headrace.clock import format_instant, maybe_instant
@@ -35,6 +37,8 @@ from streams.stored import Stored
 from streams.topology import kind_of
 
 INVOCATIONS_SHOWN_MAX = 1000
+
+_log = logging.getLogger(__name__)
 
 
 class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -107,9 +111,18 @@ _KINDS: dict[str, type[Fact]] = {
 
 
 def fact_of(stored: Stored) -> Fact | None:
-    """Return the fact that a message of the log holds, or None for one that does not change a run's state."""
+    """Return the fact that a message of the log holds, or None for one that does not change a run's state.
+
+    One that cannot be read, damaged or of a release to come, is passed over: it must not hold up all that follows.
+    """
     kind = _KINDS.get(kind_of(stored.subject))
-    return None if kind is None else decode(stored.body, kind)
+    if kind is None:
+        return None
+    try:
+        return decode(stored.body, kind)
+    except msgspec.MsgspecError:
+        _log.warning("message %d on %s cannot be read and is passed over", stored.seq, stored.subject)
+        return None
 
 
 def apply(record: RunRecord | None, fact: Fact, stored: Stored) -> RunRecord | None:

@@ -102,6 +102,11 @@ def kind_of(subject: str) -> str:
     return subject.split(".", 2)[1]
 
 
+def run_of(subject: str) -> str:
+    """Return the run of a subject of any kind but work."""
+    return subject.split(".", 3)[2]
+
+
 def lane_consumer(lane: int) -> str:
     """Return the name of the consumer that all workers share for one lane."""
     return f"work-{lane}"

@@ -375,3 +375,7 @@ async def test_closing_the_gateway_ends_its_streams_in_good_order(door: Door) ->
         closing = asyncio.create_task(door.runner.cleanup())
         assert await client.rest() == []
     await closing
+
+
+def test_a_message_that_cannot_be_read_makes_no_event() -> None:
+    assert events_of(Stored(1, "hr.done.run.invocation", b"\xc1 not a message", 1.0)) == []

@@ -86,3 +86,10 @@ def test_notes_do_not_change_a_run() -> None:
     first = trigger("e")
     note = Stored(2, f"hr.note.{first.invocation.run_id}.x", b"not even readable", 1.0)
     assert fold_run([*stored([first.record]), note]) == fold_run(stored([first.record]))
+
+
+def test_a_message_that_cannot_be_read_does_not_hold_up_the_next() -> None:
+    first = trigger("e")
+    run = first.invocation.run_id
+    damaged = Record(f"hr.done.{run}.x", b"\xc1 not a message")
+    assert fold([first.record], [damaged], success(first.invocation)).state == "succeeded"

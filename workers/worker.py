@@ -34,7 +34,6 @@ from headrace.wire import (
     SPREADER,
     Ask,
     Attempt,
-    Cancel,
     Effect,
     FunctionRecord,
     Gather,
@@ -58,6 +57,7 @@ from streams.tables import Tables
 from streams.topology import (
     attempt_subject,
     done_subject,
+    run_of,
 )
 from workers.joins import Joins
 from workers.pool import Pool
@@ -109,13 +109,13 @@ class Worker:
         taking = asyncio.create_task(self._take_for_ever(), name="worker-take")
         stopping = asyncio.create_task(stop.wait())
         try:
-            done, _ = await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if taking in done:
-                taking.result()
+            done, _ = await asyncio.wait({taking, cancels, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # one that failed ends the worker, which is started again
         finally:
-            for task in (taking, stopping, cancels):
+            for task in (taking, cancels, stopping):
                 task.cancel()
-            await asyncio.gather(taking, stopping, cancels, return_exceptions=True)
+            await asyncio.gather(taking, cancels, stopping, return_exceptions=True)
             await self._intake.stop()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=drain_s)
@@ -434,7 +434,7 @@ class Worker:
         async with aclosing(follow(self._log, ["hr.cancel.>"], after=0)) as batches:
             async for batch in batches:
                 for stored in batch:
-                    run = decode(stored.body, Cancel).run_id
+                    run = run_of(stored.subject)
                     self._canceled[run] = None
                     for task in list(self._running.get(run, ())):
                         if task is not None:
