@@ -70,7 +70,9 @@ class Link:
 
     async def failed(self, error: Exception) -> None:
         """Called by the client when something goes wrong in the background."""
-        self.last_error = str(error)
+        if not self.last_error or not isinstance(error, OSError):
+            # A server that refuses somebody may reset the connection before its reason is read: the reason says more.
+            self.last_error = str(error)
         _log.warning("NATS says: %s", error)
 
     async def close(self) -> None:
