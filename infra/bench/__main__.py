@@ -89,11 +89,12 @@ async def _memory(of: cases.Bench, console: Console, runs: int) -> None:
     def read() -> dict[str, Usage]:
         return platform(of.platform.processes)
 
-    idle = await cases.idle_cpu(of, seconds=10)
+    await cases.batches(of, runs=runs, size=100, in_flight=8)  # buffers have their working size
     before = await cases.settled(read)
     await cases.batches(of, runs=runs, size=100, in_flight=8)
     after = await cases.settled(read)
-    table = Table(title=f"(e) memory before and after {runs:,} runs, and CPU when idle")
+    idle = await cases.idle_cpu(of, seconds=10)
+    table = Table(title=f"(e) memory before and after {runs:,} runs more, and CPU when idle")
     for heading in ("process", "before MiB", "after MiB", "growth", "idle CPU % of a core"):
         table.add_column(heading, justify="left" if heading == "process" else "right")
     for name in before:

@@ -163,7 +163,7 @@ async def idle_cpu(of: Bench, *, seconds: float) -> dict[str, float]:
     return {name: 100 * (after[name].cpu_s - before[name].cpu_s) / seconds for name in before if name in after}
 
 
-async def settled(read: Callable[[], dict[str, Usage]], seconds: float = 3.0) -> dict[str, Usage]:
+async def settled(read: Callable[[], dict[str, Usage]], seconds: float = 10.0) -> dict[str, Usage]:
     """Return the usage of all processes once what was begun is over."""
     await asyncio.sleep(seconds)
     return read()
