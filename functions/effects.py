@@ -20,6 +20,7 @@ from headrace.wire import (
     NOTHING,
     SPREAD,
     SPREADER,
+    Attempt,
     Call,
     Effect,
     Emit,
@@ -36,7 +37,7 @@ from headrace.wire import (
     encode,
 )
 from streams.log import UNIT_MESSAGES_MAX, Record
-from streams.topology import done_subject, work_subject
+from streams.topology import attempt_subject, cancel_subject, done_subject, fence_subject, work_subject
 
 DEPTH_MAX = 1000
 MEMBERS_AT_ONCE_MAX = 256
@@ -44,13 +45,18 @@ EMPTY_LIST = Payload(body=b"[]", size=2)
 
 
 class Attempted(Struct, frozen=True, kw_only=True):
-    """The times of one attempt, in epoch seconds: ``queued_at`` by the log's clock, the others by the worker's."""
+    """One attempt: its times in epoch seconds, ``queued_at`` by the log's clock and the others by the worker's.
+
+    ``fence`` is the sequence of the lease under which it runs, 0 for a first delivery: its outcome counts only while
+    no newer lease is in the log.
+    """
 
     attempt: int
     worker: str
     queued_at: float
     started_at: float
     ended_at: float
+    fence: int = 0
 
 
 class World(Struct, frozen=True, kw_only=True):
@@ -118,7 +124,7 @@ def succeed(
     outcome = _outcome(
         invocation, tried, "succeeded", result=result, answer=answer, children=plan.children, spent=plan.spent, end=end
     )
-    plan.records.append(_done(outcome))
+    plan.records.append(_done(outcome, tried.fence))
     if len(plan.records) >= UNIT_MESSAGES_MAX:  # what the function said last goes in front of it
         raise TooLarge(
             f"the effects of one invocation start {len(plan.records) - 1} pieces of work at once",
@@ -135,7 +141,54 @@ def fail(
     ending: RunState = "canceled" if state == "canceled" else "failed"
     end = _end(invocation, tried, ledger, ending, error) if invocation.slot is None else None
     outcome = _outcome(invocation, tried, state, error=error, spent=ledger, end=end)
-    return outcome, [_done(outcome)]
+    return outcome, [_done(outcome, tried.fence)]
+
+
+def failed_attempt(invocation: Invocation, tried: Attempted, error: ErrorInfo, retry_at: float) -> Record:
+    """Return the record of a failed attempt that another one follows, not before ``retry_at``."""
+    run, identity = invocation.run_id, invocation.invocation_id
+    failed = Attempt(
+        run_id=run,
+        invocation_id=identity,
+        function=invocation.function,
+        version=invocation.version,
+        worker=tried.worker,
+        attempt=tried.attempt,
+        queued_at=tried.queued_at,
+        started_at=tried.started_at,
+        ended_at=tried.ended_at,
+        retry_at=retry_at,
+        error=error,
+        parent_id=invocation.parent_id,
+    )
+    subject = attempt_subject(run, identity, tried.attempt)
+    return Record(subject, encode(failed), fence_subject(run, identity), tried.fence)
+
+
+def unreadable(subject: str, worker: str, queued_at: float, now: float) -> tuple[Outcome, list[Record]]:
+    """Return the outcome of work whose message cannot be read: its subject tells whose it is, and its run ends."""
+    _, _, _, tenant, run, identity = subject.split(".")
+    error = ErrorInfo(
+        kind="unreadable", message="the message of this invocation is damaged, or of another release of the platform"
+    )
+    outcome = Outcome(
+        run_id=run,
+        invocation_id=identity,
+        function="",
+        version="",
+        route="",
+        tenant=tenant,
+        state="dead",
+        attempts=0,
+        queued_at=queued_at,
+        started_at=now,
+        ended_at=now,
+        worker=worker,
+        accepted_at=queued_at,
+        error=error,
+        end=RunEnd(run_id=run, state="failed", error=error, ended_at=now),
+    )
+    return outcome, [_done(outcome, 0)]
 
 
 def spread(invocation: Invocation, tried: Attempted, work: Spread, payloads: list[Payload], now: float) -> list[Record]:
@@ -159,7 +212,7 @@ def spread(invocation: Invocation, tried: Attempted, work: Spread, payloads: lis
         for index in range(work.first, work.last)
     ]
     outcome = _outcome(invocation, tried, "succeeded", result=NOTHING, children=len(records), spent=ledger)
-    return [*records, _done(structs.replace(outcome, slot=None))]
+    return [*records, _done(structs.replace(outcome, slot=None), tried.fence)]
 
 
 class _Plan:
@@ -302,8 +355,11 @@ class _Plan:
                 now=self.world.now,
                 deadline=deadline_of(route.route, None, self.world.now),
             )
-            # No guard of its own: the outcome's guard covers the unit, and a repeat finds the same id in the log.
-            self.records.append(Record(admitted.record.subject, admitted.record.body))
+            # The outcome's guard covers the unit, and a repeat finds the same id in the log. What a canceled run
+            # starts in itself is never run; but a run of its own would be, so its cancel guards it.
+            guarded = any(record.absent is not None for record in self.records)
+            canceled = None if guarded else cancel_subject(self.invocation.run_id)
+            self.records.append(Record(admitted.record.subject, admitted.record.body, canceled))
 
     def _function(self, name: str, what: str) -> FunctionRecord:
         record = self.world.function(name)
@@ -352,9 +408,9 @@ def _work(child: Invocation, now: float) -> Record:
     return Record(subject, encode(child))
 
 
-def _done(outcome: Outcome) -> Record:
-    subject = done_subject(outcome.run_id, outcome.invocation_id)
-    return Record(subject, encode(outcome), subject)
+def _done(outcome: Outcome, fence: int) -> Record:
+    run, identity = outcome.run_id, outcome.invocation_id
+    return Record(done_subject(run, identity), encode(outcome), fence_subject(run, identity), fence)
 
 
 def _end(

@@ -1,29 +1,80 @@
-"""Whether a failed attempt is followed by another, and when."""
+"""What earlier deliveries of an invocation left behind, and whether a failed attempt is followed by another."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+
+from msgspec import Struct
 
 from headrace.errors import FunctionError
+from headrace.wire import Attempt, Lease, Started, decode
+from streams.stored import Stored
+from streams.topology import kind_of
 
 FIRST_DELAY_S = 0.2
 DELAY_S_MAX = 30.0
+LOST_ATTEMPTS_MAX = 20
 
 
-def retry_at(error: FunctionError, *, attempt: int, retries: int, now: float, rng: random.Random) -> float | None:
+class Past(Struct, frozen=True, kw_only=True):
+    """What the log holds of an invocation that was delivered before.
+
+    ``fence`` is the sequence of its newest lease, 0 without one; ``attempt`` the number of the next attempt;
+    ``failures`` how many attempts said that they failed; ``retry_at`` the instant before which none may begin.
+    """
+
+    done: Stored | None = None
+    fence: int = 0
+    attempt: int = 1
+    failures: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def lost(self) -> int:
+        """How many attempts ended without a word: their worker died, was paused, or had no time left to finish."""
+        return self.attempt - 1 - self.failures
+
+
+NO_PAST = Past()
+
+
+def look_back(found: Iterable[Stored]) -> Past:
+    """Read the newest message of each subject that tells of an invocation's attempts: done, lease, start and try."""
+    done: Stored | None = None
+    fence = last = failures = 0
+    retry_at = 0.0
+    for stored in found:
+        match kind_of(stored.subject):
+            case "done":
+                done = stored
+            case "lease":
+                fence = stored.seq
+                last = max(last, decode(stored.body, Lease).attempt)
+            case "start":
+                last = max(last, decode(stored.body, Started).attempt)
+            case "try":
+                failed = decode(stored.body, Attempt)
+                failures += 1
+                last = max(last, failed.attempt)
+                retry_at = max(retry_at, failed.retry_at)
+    return Past(done=done, fence=fence, attempt=last + 1, failures=failures, retry_at=retry_at)
+
+
+def retry_at(error: FunctionError, *, failures: int, retries: int, now: float, rng: random.Random) -> float | None:
     """Return the instant of the next attempt, or None when the invocation is given up on.
 
-    The delay doubles with each attempt and is drawn from its upper half, so that many that failed together do not
+    The delay doubles with each failure and is drawn from its upper half, so that many that failed together do not
     come back together.
 
     Args:
         error: why the attempt failed; permanent errors (``retry`` is False) are not tried again.
-        attempt: the number of the failed attempt, from 1.
+        failures: how many attempts have failed, this one included.
         retries: how many attempts may follow the first.
         now: the present instant.
         rng: where the jitter comes from.
     """
-    if not error.retry or attempt > retries:
+    if not error.retry or failures > retries:
         return None
-    longest = min(DELAY_S_MAX, FIRST_DELAY_S * 2.0 ** (attempt - 1))
+    longest = min(DELAY_S_MAX, FIRST_DELAY_S * 2.0 ** (failures - 1))
     return now + longest * (0.5 + 0.5 * rng.random())

@@ -75,7 +75,7 @@ class Live:
         elif record.ended and after >= record.seq:
             # Nothing will ever follow. Telling the end again lets a client that asks for more see that it is over.
             return await self._serve(request, self._again(record, after), after)
-        subjects = [*run_subjects(run_id), note_subject(run_id, "*")]
+        subjects = [*run_subjects(run_id), note_subject(run_id, "*", "*")]
         return await self._serve(request, self._until_end(subjects, after), after)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
@@ -161,9 +161,9 @@ def all_subjects(tenant: str) -> list[str]:
         work_subject("*", tenant, "*", "*"),
         done_subject("*", "*"),
         end_subject("*"),
-        start_subject("*", "*"),
+        start_subject("*", "*", "*"),
         attempt_subject("*", "*", "*"),
-        note_subject("*", "*"),
+        note_subject("*", "*", "*"),
         cancel_subject("*"),
     ]
 

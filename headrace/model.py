@@ -149,7 +149,10 @@ class TimeLedger(Struct, frozen=True, kw_only=True):
 
 
 class ErrorInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why something failed: ``kind`` is load, user, timeout, lost, deadline, map or canceled."""
+    """Why something failed.
+
+    ``kind`` is load, user, timeout, lost, deadline, expired, unreadable, map or canceled.
+    """
 
     kind: str
     message: str

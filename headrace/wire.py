@@ -226,6 +226,19 @@ class Started(Struct, frozen=True, kw_only=True, omit_defaults=True):
     parent_id: str | None = None
 
 
+class Lease(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An invocation that was delivered before is in the hands of this worker now, which begins this attempt.
+
+    Whatever an older attempt still tries to commit is refused from here on.
+    """
+
+    run_id: str
+    invocation_id: str
+    attempt: int
+    worker: str
+    at: float
+
+
 class Attempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An attempt failed and another will follow, not before ``retry_at``."""
 

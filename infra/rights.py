@@ -67,6 +67,7 @@ RIGHTS: dict[str, Rights] = {
             "hr.done.>",
             "hr.end.*",
             "hr.tally.>",
+            "hr.lease.>",
             "hr.start.>",
             "hr.try.>",
             "hr.note.>",

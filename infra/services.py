@@ -199,6 +199,7 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             blobs=FolderBlobs(settings.blobs_path()),
             pool=pool,
             slots=slots,
+            work_age_max_s=settings.work_age_s(),
         )
         ready()
         await Worker(tools).run(stop, settings.drain_s)

@@ -82,6 +82,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_keep_s: Annotated[
         Seconds, Meta(description="How long the log, and with it every run, is kept; also the memory for duplicates.")
     ] = 7 * 86400.0
+    work_age_max_s: Annotated[
+        Seconds,
+        Meta(description="How long work may wait for a worker before it is `dead`; at most half of LOG_KEEP_S."),
+    ] = 86400.0
     log_bytes_max: Annotated[
         Bytes, Meta(description="Size of the log at which triggers are refused with 503 until old ones have left.")
     ] = 8 * GIB
@@ -125,6 +129,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def token_path(self) -> Path:
         """Return the file of the bearer token."""
         return self.token_file or self.data_dir / "token"
+
+    def work_age_s(self) -> float:
+        """Return how long work may wait: whatever was asked for, it ends well before the log forgets it."""
+        return min(self.work_age_max_s, self.log_keep_s / 2)
 
     def blobs_path(self) -> Path:
         """Return the folder of the blobs."""

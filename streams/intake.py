@@ -13,6 +13,7 @@ import contextlib
 import heapq
 import logging
 import math
+from collections.abc import Callable
 
 from headrace.wire import Invocation, decode
 from streams.log import Log
@@ -27,6 +28,7 @@ HOLD_S = 0.1
 HEADS_S = 0.002
 KEEP_S = ACK_WAIT_S / 4
 USUAL_WEIGHT = 0.1
+UNREADABLE_DELIVERIES_MAX = 10  # a release that can read it may be on its way; each delivery takes ACK_WAIT_S
 
 
 def window(usual_s: float, slots: int) -> int:
@@ -35,7 +37,7 @@ def window(usual_s: float, slots: int) -> int:
 
 
 class Delivery:
-    """One invocation in the hand of this worker. Exactly one of ``ack`` and ``give_back`` ends it."""
+    """One invocation in the hand of this worker. Exactly one of ``ack``, ``give_back`` and ``leave`` ends it."""
 
     __slots__ = ("_intake", "at", "delivered", "held_at", "invocation", "lane", "order", "reply", "seq", "told_at")
 
@@ -64,12 +66,24 @@ class Delivery:
         body = b"-NAK" if delay_s <= 0.0 else b'-NAK {"delay":%d}' % int(delay_s * 1e9)
         await self._intake.settle(self, body)
 
+    def leave(self) -> None:
+        """Let go of it without a word: it was delivered to another worker, whose it is now."""
+        self._intake.forget(self)
+
 
 class Intake:
     """The lanes of the log as one worker sees them."""
 
-    def __init__(self, log: Log, *, slots: int) -> None:
+    def __init__(self, log: Log, *, slots: int, on_unreadable: Callable[[Arrival], None] | None = None) -> None:
+        """Describe it; nothing is asked for yet.
+
+        Args:
+            log: where the lanes are.
+            slots: how many invocations this worker runs at a time.
+            on_unreadable: gets a message that no worker could read in ``UNREADABLE_DELIVERIES_MAX`` deliveries.
+        """
         self._log = log
+        self._on_unreadable = on_unreadable
         self._slots = slots
         self._polls: list[Poll] = []
         self._heap: list[Delivery] = []
@@ -151,6 +165,15 @@ class Intake:
         with contextlib.suppress(Exception):
             await self._log.link.nc.publish(delivery.reply, body)
 
+    async def acknowledge(self, arrived: Arrival) -> None:
+        """Say that a message that nobody can read is done with."""
+        with contextlib.suppress(Exception):
+            await self._log.link.nc.publish(arrived.reply, b"+ACK")
+
+    def forget(self, delivery: Delivery) -> None:
+        """Keep a delivery no longer: it is somebody else's."""
+        self._out.pop(delivery.reply, None)
+
     def _take(self, lane: int, arrived: Arrival) -> None:
         now = asyncio.get_running_loop().time()
         try:
@@ -158,6 +181,8 @@ class Intake:
         except Exception:
             # Not ours to read: written by a release to come, or damaged. Left alone, it is delivered to another.
             _log.exception("message %d of lane %d cannot be read", arrived.seq, lane)
+            if self._on_unreadable is not None and arrived.delivered >= UNREADABLE_DELIVERIES_MAX:
+                self._on_unreadable(arrived)
             return
         self._out[arrived.reply] = delivery
         if not self._heap:

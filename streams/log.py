@@ -269,7 +269,7 @@ class Log:
 
     async def _own_echo(self, unit: _Unit) -> int | None:
         """Return the last sequence of the unit if what stands in its guarded place is this very unit."""
-        guarded = [(i, r) for i, r in enumerate(unit.records) if r.absent is not None]
+        guarded = [(i, r) for i, r in enumerate(unit.records) if r.absent is not None and covers(r.absent, r.subject)]
         for index, record in guarded:
             found = await self._last(record.absent or record.subject)
             if found is None or found.body != record.body:
@@ -463,6 +463,12 @@ class _State(Struct, frozen=True):
 
 class _Info(Struct, frozen=True):
     state: _State = _State()
+
+
+def covers(pattern: str, subject: str) -> bool:
+    """Say whether a subject is among those that a pattern with ``*`` names."""
+    wanted, tokens = pattern.split("."), subject.split(".")
+    return len(wanted) == len(tokens) and all(w in ("*", t) for w, t in zip(wanted, tokens, strict=True))
 
 
 def _guard(record: Record) -> dict[str, str] | None:

@@ -4,12 +4,16 @@
     hr.done.<run>.<invocation>                   Outcome: one per invocation, for ever
     hr.end.<run>                                 RunEnd: of runs with branches, where no single outcome ends them
     hr.tally.<run>.<scope>                       Tally: branches of a scope that were filled
-    hr.start.<run>.<invocation>                  Started: an attempt that takes longer than a moment
+    hr.lease.<run>.<invocation>                  Lease: who took over an invocation that was delivered before
+    hr.start.<run>.<invocation>.<attempt>        Started: an attempt that takes longer than a moment
     hr.try.<run>.<invocation>.<attempt>          Attempt: failed, to be tried again
-    hr.note.<run>.<invocation>                   Note: log lines and progress
+    hr.note.<run>.<invocation>.<attempt>         Note: log lines and progress
     hr.cancel.<run>                              Cancel
 
 The lane stands in the subject of work, so that one consumer per lane reads it without looking at the rest.
+
+Leases and the outcome of an invocation are one family, ``hr.*.<run>.<invocation>``: who appends to it says which
+message of it was the last one known to him, so of all attempts only the holder of the newest lease can commit.
 """
 
 from __future__ import annotations
@@ -65,9 +69,19 @@ def tally_subject(run: str, scope: str) -> str:
     return f"hr.tally.{run}.{scope}"
 
 
-def start_subject(run: str, invocation: str) -> str:
+def lease_subject(run: str, invocation: str) -> str:
+    """Return the subject on which an invocation that was delivered before is taken over."""
+    return f"hr.lease.{run}.{invocation}"
+
+
+def fence_subject(run: str, invocation: str) -> str:
+    """Return the family of an invocation's leases and its outcome, which guards both."""
+    return f"hr.*.{run}.{invocation}"
+
+
+def start_subject(run: str, invocation: str, attempt: int | str) -> str:
     """Return the subject that says an attempt has started."""
-    return f"hr.start.{run}.{invocation}"
+    return f"hr.start.{run}.{invocation}.{attempt}"
 
 
 def attempt_subject(run: str, invocation: str, attempt: int | str) -> str:
@@ -75,9 +89,9 @@ def attempt_subject(run: str, invocation: str, attempt: int | str) -> str:
     return f"hr.try.{run}.{invocation}.{attempt}"
 
 
-def note_subject(run: str, invocation: str) -> str:
+def note_subject(run: str, invocation: str, attempt: int | str) -> str:
     """Return the subject of what a running function says."""
-    return f"hr.note.{run}.{invocation}"
+    return f"hr.note.{run}.{invocation}.{attempt}"
 
 
 def cancel_subject(run: str) -> str:
@@ -90,7 +104,7 @@ def run_subjects(run: str) -> list[str]:
     return [
         work_subject("*", "*", run, "*"),
         done_subject(run, "*"),
-        start_subject(run, "*"),
+        start_subject(run, "*", "*"),
         attempt_subject(run, "*", "*"),
         end_subject(run),
         cancel_subject(run),
@@ -98,7 +112,7 @@ def run_subjects(run: str) -> list[str]:
 
 
 def kind_of(subject: str) -> str:
-    """Return the second token of a subject: work, done, end, tally, start, try, note or cancel."""
+    """Return the second token of a subject: work, done, end, tally, lease, start, try, note or cancel."""
     return subject.split(".", 2)[1]
 
 

@@ -241,7 +241,7 @@ async def test_a_run_is_told_from_its_beginning_to_its_end(door: Door) -> None:
         await client.until("invocation", state="queued")
         [first] = door.firsts()
         note = Note(run_id=ref.run_id, invocation_id=first.invocation_id, at=1.0, lines=[("info", "hello")])
-        door.log.put(note_subject(ref.run_id, first.invocation_id), encode(note))
+        door.log.put(note_subject(ref.run_id, first.invocation_id, 1), encode(note))
         assert json.loads((await client.until("log")).data)["text"] == "hello"
         other = await door.trigger(json={})
         door.finish(other.run_id)
@@ -355,7 +355,7 @@ async def test_a_client_that_does_not_read_is_dropped_and_holds_up_nobody(doors:
     metrics = b""
     while b"headrace_streams_dropped_total 1.0" not in metrics:
         for _ in range(40):
-            door.log.put(note_subject(ref.run_id, first.invocation_id), encode(note))
+            door.log.put(note_subject(ref.run_id, first.invocation_id, 1), encode(note))
         await door.trigger(json={})
         _, metrics, _ = await door.ask("GET", "/metrics")
     assert b"headrace_streams 0.0" in metrics

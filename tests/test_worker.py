@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from textwrap import dedent
 
@@ -107,13 +107,16 @@ class Platform:
         return json.loads(await check_out(payload, self.blobs))
 
 
-@pytest.fixture
-async def platform(log: Log, link: Link, tmp_path: Path) -> AsyncIterator[Platform]:
+@asynccontextmanager
+async def working(log: Log, link: Link, folder: Path, work_age_max_s: float = 86400.0) -> AsyncIterator[Platform]:
+    """Have a worker at work on a log."""
     tables = await open_tables(link)
-    blobs = FolderBlobs(tmp_path / "blobs")
-    pool = Pool(2, limits=ChildLimits(), scratch=tmp_path / "scratch")
+    blobs = FolderBlobs(folder / "blobs")
+    pool = Pool(2, limits=ChildLimits(), scratch=folder / "scratch")
     await pool.start()
-    worker = Worker(Tools(name="w1", log=log, tables=tables, blobs=blobs, pool=pool, slots=2))
+    worker = Worker(
+        Tools(name="w1", log=log, tables=tables, blobs=blobs, pool=pool, slots=2, work_age_max_s=work_age_max_s)
+    )
     stop = asyncio.Event()
     running = asyncio.create_task(worker.run(stop))
     yield Platform(log, tables, blobs)
@@ -121,6 +124,12 @@ async def platform(log: Log, link: Link, tmp_path: Path) -> AsyncIterator[Platfo
     await running
     await pool.close()
     await tables.close()
+
+
+@pytest.fixture
+async def platform(log: Log, link: Link, tmp_path: Path) -> AsyncIterator[Platform]:
+    async with working(log, link, tmp_path) as running:
+        yield running
 
 
 async def test_a_trigger_becomes_an_answer(platform: Platform) -> None:
@@ -295,7 +304,7 @@ async def test_what_a_function_says_is_in_the_log_before_its_outcome(platform: P
     )
     run = await platform.trigger("talk")
     record = await platform.ended(run)
-    stored = await platform.log.last(note_subject(run, record.answer_id or ""))
+    stored = await platform.log.last(note_subject(run, record.answer_id or "", 1))
     assert stored is not None
     note = decode(stored.body, Note)
     assert sorted(note.lines) == [("stdout", "out"), ("warning", "careful")]

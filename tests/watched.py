@@ -105,12 +105,12 @@ class Stage:
             queued_at=work.sent_at,
             started_at=time.time(),
         )
-        self.log.put(start_subject(work.run_id, work.invocation_id), encode(fact))
+        self.log.put(start_subject(work.run_id, work.invocation_id, 1), encode(fact))
 
     def note(self, work: Invocation, text: str, fraction: float) -> None:
         """Have it say how far it is."""
         fact = Note(run_id=work.run_id, invocation_id=work.invocation_id, at=time.time(), fraction=fraction, text=text)
-        self.log.put(note_subject(work.run_id, work.invocation_id), encode(fact))
+        self.log.put(note_subject(work.run_id, work.invocation_id, 1), encode(fact))
 
     def end(self, work: Invocation, *, result: bytes = b'{"q95":4.1}', error: ErrorInfo | None = None) -> None:
         """Have it end well with this result, or in this error."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import aclosing
 
 from functions.scopes import Fill, Scope, read, tally, upward
@@ -35,8 +36,9 @@ class _Open:
 class Joins:
     """Fills slots; shared by all invocations of one worker."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, clock: Callable[[], float] = time.time) -> None:
         self._log = log
+        self._clock = clock
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -99,7 +101,7 @@ class Joins:
             known.scope = Scope(size=slot.size)
         for _ in range(100):
             scope = known.scope
-            made = tally(scope, fills, time.time())
+            made = tally(scope, fills, self._clock())
             if made is None:
                 return scope
             counted, records = made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from headrace.errors import HeadraceError
 from headrace.wire import Note, Said, Started, encode
@@ -21,8 +22,11 @@ NOTE_EVERY_S = 0.1
 class Voice:
     """What one attempt says, on its way to the log: gathered for a moment, so that a chatty body costs few messages."""
 
-    def __init__(self, log: Log, delivery: Delivery, worker: str, attempt: int, started_at: float) -> None:
+    def __init__(
+        self, log: Log, delivery: Delivery, worker: str, attempt: int, clock: Callable[[], float] = time.time
+    ) -> None:
         self._log = log
+        self._clock = clock
         self._invocation = delivery.invocation
         self._lines: list[tuple[str, str]] = []
         self._fraction: float | None = None
@@ -33,7 +37,7 @@ class Voice:
         self._delivery = delivery
         self._worker = worker
         self._attempt = attempt
-        self._started_at = started_at
+        self._started_at = clock()
         self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start)
 
     def said(self, said: Said) -> None:
@@ -49,11 +53,15 @@ class Voice:
         self._lines.append((stream, line))
         self._soon()
 
-    async def close(self) -> list[Record]:
-        """Return what has not been sent, to go in front of the outcome; all before it is in the log."""
+    def hush(self) -> None:
+        """Say nothing more by itself."""
         self._start.cancel()
         if self._timer is not None:
             self._timer.cancel()
+
+    async def close(self) -> list[Record]:
+        """Return what has not been sent, to go in front of the outcome; all before it is in the log."""
+        self.hush()
         if self._sending:
             await asyncio.gather(*self._sending, return_exceptions=True)
         note = self._note()
@@ -76,13 +84,13 @@ class Voice:
         note = Note(
             run_id=run,
             invocation_id=identity,
-            at=time.time(),
+            at=self._clock(),
             lines=self._lines,
             fraction=self._fraction,
             text=self._text,
         )
         self._lines, self._fraction, self._text = [], None, ""
-        return Record(note_subject(run, identity), encode(note))
+        return Record(note_subject(run, identity, self._attempt), encode(note))
 
     def _tell_start(self) -> None:
         invocation = self._invocation
@@ -97,7 +105,7 @@ class Voice:
             started_at=self._started_at,
             parent_id=invocation.parent_id,
         )
-        self._append(Record(start_subject(started.run_id, started.invocation_id), encode(started)))
+        self._append(Record(start_subject(started.run_id, started.invocation_id, self._attempt), encode(started)))
 
     def _append(self, record: Record) -> None:
         task = self._loop.create_task(self._try_append(record))

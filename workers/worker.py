@@ -17,14 +17,24 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from functions import effects, retries
+from functions import effects
 from functions.effects import Attempted, World
+from functions.retries import LOST_ATTEMPTS_MAX, NO_PAST, Past, look_back, retry_at
 from functions.scopes import Fill
 from headrace.clock import parse_duration
-from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, NotFound, TooLarge, UserError
-from headrace.model import Code, ErrorInfo
+from headrace.errors import (
+    ChildLost,
+    FunctionError,
+    HeadraceError,
+    LoadError,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    UserError,
+)
+from headrace.model import Code, ErrorInfo, InvocationState
 from headrace.wire import (
     GATHER,
     ITEMS,
@@ -33,13 +43,13 @@ from headrace.wire import (
     SPREAD,
     SPREADER,
     Ask,
-    Attempt,
     Effect,
     FunctionRecord,
     Gather,
     Granted,
     Invocation,
     Invoke,
+    Lease,
     Map,
     Outcome,
     Payload,
@@ -52,12 +62,16 @@ from streams.blobs import Blobs, check_in, check_out
 from streams.follow import follow
 from streams.intake import Delivery, Intake
 from streams.log import AlreadyThere, Log, Record
-from streams.stored import Stored
+from streams.poll import Arrival
 from streams.tables import Tables
 from streams.topology import (
     attempt_subject,
-    done_subject,
+    cancel_subject,
+    fence_subject,
+    kind_of,
+    lease_subject,
     run_of,
+    start_subject,
 )
 from workers.joins import Joins
 from workers.pool import Pool
@@ -67,6 +81,7 @@ from workers.voice import Voice
 _log = logging.getLogger(__name__)
 
 UNCOMMITTED_MAX = 1000
+CLASHES_MAX = 5
 APPEND_TIMEOUT_S = 60.0
 TROUBLE_DELAY_S = 1.0
 CANCELS_KEPT_MAX = 100_000
@@ -74,8 +89,16 @@ CODES_KEPT_MAX = 64
 RESULT_BYTES_MAX = 16 * 1024 * 1024
 
 
+class Fenced(Exception):
+    """Another worker has taken over what this one was doing; nothing of ours may be committed or acknowledged."""
+
+
 class Tools(Struct, frozen=True, kw_only=True):
-    """What a worker works with, made and owned by whoever starts it."""
+    """What a worker works with, made and owned by whoever starts it.
+
+    ``work_age_max_s`` is how long work may wait, in seconds, before it is given up on; ``clock`` tells epoch seconds,
+    and ``rng`` the jitter of delays.
+    """
 
     name: str
     log: Log
@@ -83,6 +106,9 @@ class Tools(Struct, frozen=True, kw_only=True):
     blobs: Blobs
     pool: Pool
     slots: int
+    work_age_max_s: float = 86400.0
+    clock: Callable[[], float] = time.time
+    rng: random.Random = msgspec.field(default_factory=random.Random)
 
 
 class Worker:
@@ -91,8 +117,9 @@ class Worker:
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._log = tools.log
-        self._intake = Intake(tools.log, slots=tools.slots)
-        self._joins = Joins(tools.log)
+        self._clock = tools.clock
+        self._intake = Intake(tools.log, slots=tools.slots, on_unreadable=self._bury_later)
+        self._joins = Joins(tools.log, tools.clock)
         self._free = asyncio.Semaphore(tools.slots)
         self._uncommitted = asyncio.Semaphore(UNCOMMITTED_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,11 +127,10 @@ class Worker:
         self._canceled: OrderedDict[str, None] = OrderedDict()
         self._codes: OrderedDict[str, Code] = OrderedDict()
         self._spreads: OrderedDict[str, list[Payload]] = OrderedDict()
-        self._rng = random.Random()  # noqa: S311 - jitter of delays, no secret depends on it
+        self._cancels_read = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, drain_s: float = 10.0) -> None:
         """Work until ``stop`` is set; then finish what runs (``drain_s`` seconds at most), hand back the rest."""
-        await self._intake.start()
         cancels = asyncio.create_task(self._follow_cancels(), name="worker-cancels")
         taking = asyncio.create_task(self._take_for_ever(), name="worker-take")
         stopping = asyncio.create_task(stop.wait())
@@ -125,6 +151,8 @@ class Worker:
             await self._intake.close()
 
     async def _take_for_ever(self) -> None:
+        await self._cancels_read.wait()
+        await self._intake.start()
         while True:
             await self._free.acquire()
             try:
@@ -142,6 +170,9 @@ class Worker:
         try:
             if await self.step(delivery, slot.release):
                 await delivery.ack()
+        except Fenced:
+            _log.warning("invocation %s was taken over by another worker", delivery.invocation.invocation_id)
+            delivery.leave()
         except asyncio.CancelledError:
             await delivery.give_back()
             raise
@@ -164,48 +195,85 @@ class Worker:
         invocation = delivery.invocation
         if invocation.run_id in self._canceled:
             return True
-        attempt = 1
-        if delivery.delivered > 1:
-            done, failed = await self._before(invocation)
-            if done is not None:
-                await self._fill(decode(done.body, Outcome), done.seq, done.at)
-                return True
-            if failed is not None:
-                attempt = failed.attempt + 1
-                if failed.retry_at - time.time() > 0.005:
-                    await delivery.give_back(failed.retry_at - time.time())
-                    return False
-        if invocation.not_before - time.time() > 0.005:
-            await delivery.give_back(invocation.not_before - time.time())
+        past = NO_PAST if delivery.delivered == 1 else await self._past(invocation)
+        if past.done is not None:
+            await self._fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
+            return True
+        wait_s = max(past.retry_at, invocation.not_before) - self._clock()
+        if wait_s > 0.005:
+            await delivery.give_back(wait_s)
             return False
-        if invocation.on_late == "cancel" and invocation.deadline is not None and time.time() > invocation.deadline:
-            await self._give_up(delivery, attempt, ErrorInfo(kind="deadline", message="the deadline has passed"))
+        hopeless = self._hopeless(invocation, past)
+        if hopeless is not None:
+            state, error = hopeless
+            now = self._clock()
+            outcome, unit = effects.fail(invocation, self._tried(delivery, past, now, now), error, state)
+            await self._commit(outcome, unit)
             return True
         if invocation.function == SPREADER:
             slot_free()
-            await self._spread(delivery)
+            await self._spread(delivery, past)
             return True
-        return await self._attempt(delivery, attempt, slot_free)
+        return await self._attempt(delivery, past, slot_free)
 
-    async def _before(self, invocation: Invocation) -> tuple[Stored | None, Attempt | None]:
-        """Look for what an earlier delivery left: the outcome, or the newest failed attempt."""
+    async def _past(self, invocation: Invocation) -> Past:
+        """Look for what earlier deliveries left."""
         run, identity = invocation.run_id, invocation.invocation_id
-        found = await self._log.last_of_each([done_subject(run, identity), attempt_subject(run, identity, "*")])
-        outcome_at = done_subject(run, identity)
-        failed: Attempt | None = None
-        for stored in found:
-            if stored.subject == outcome_at:
-                return stored, None
-            failed = decode(stored.body, Attempt)
-        return None, failed
+        return look_back(
+            await self._log.last_of_each(
+                [
+                    fence_subject(run, identity),
+                    start_subject(run, identity, "*"),
+                    attempt_subject(run, identity, "*"),
+                ]
+            )
+        )
+
+    def _hopeless(self, invocation: Invocation, past: Past) -> tuple[InvocationState, ErrorInfo] | None:
+        """Return how an invocation ends that is not worth an attempt, or None."""
+        now = self._clock()
+        if invocation.on_late == "cancel" and invocation.deadline is not None and now > invocation.deadline:
+            return "canceled", ErrorInfo(kind="deadline", message="the deadline has passed")
+        if past.lost > LOST_ATTEMPTS_MAX:
+            return "dead", ErrorInfo(
+                kind="lost", message=f"{past.lost} attempts were lost together with the workers that ran them"
+            )
+        age_s = now - max(invocation.sent_at, invocation.not_before)
+        if age_s > self._tools.work_age_max_s:
+            return "dead", ErrorInfo(
+                kind="expired",
+                message=f"it waited {age_s:,.0f} s for a worker; the limit is {self._tools.work_age_max_s:,.0f} s",
+            )
+        return None
+
+    async def _claim(self, delivery: Delivery, past: Past) -> Past:
+        """Take over an invocation that was delivered before: from here on, older attempts cannot commit.
+
+        Raises:
+            Fenced: another worker took it over, or has committed it, at this moment.
+        """
+        run, identity = delivery.invocation.run_id, delivery.invocation.invocation_id
+        lease = Lease(
+            run_id=run,
+            invocation_id=identity,
+            attempt=past.attempt,
+            worker=self._tools.name,
+            at=self._clock(),
+        )
+        record = Record(lease_subject(run, identity), encode(lease), fence_subject(run, identity), past.fence)
+        try:
+            (seq,) = await self._log.append([record], timeout_s=APPEND_TIMEOUT_S)
+        except AlreadyThere as other:
+            raise Fenced from other
+        return structs.replace(past, fence=seq)
 
     # ------------------------------------------------------------ one attempt
 
-    async def _attempt(self, delivery: Delivery, attempt: int, slot_free: Callable[[], None]) -> bool:
+    async def _attempt(self, delivery: Delivery, past: Past, slot_free: Callable[[], None]) -> bool:
         invocation = delivery.invocation
-        started_at = time.time()
-        voice = Voice(self._log, delivery, self._tools.name, attempt, started_at)
+        started_at = self._clock()
         record: FunctionRecord | None = None
+        voice: Voice | None = None
         error: FunctionError
         try:
             record = await self._tools.tables.version(invocation.function, invocation.version)
@@ -213,7 +281,11 @@ class Worker:
                 raise LoadError(
                     f"version {invocation.version} of {invocation.function} is not registered", hint="Deploy it again."
                 )
-            returned = await self._run(delivery, attempt, record, voice)
+            kind, body = await self._body(invocation)
+            if delivery.delivered > 1:
+                past = await self._claim(delivery, past)
+            voice = Voice(self._log, delivery, self._tools.name, past.attempt, self._clock)
+            returned = await self._run(delivery, past, record, kind, body, voice)
         except FunctionError as failure:
             error = failure
         except NotFound as gone:  # its payload or its code was cleaned away: no further attempt can bring it back
@@ -224,13 +296,11 @@ class Worker:
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()  # it was the run that was canceled, not this task
-            await voice.close()
             return True
         else:
             slot_free()
-            ended_at = time.time()
-            self._intake.learn(delivery.lane, ended_at - started_at)
-            tried = self._tried(delivery, attempt, started_at, ended_at)
+            tried = self._tried(delivery, past, started_at, self._clock())
+            self._intake.learn(delivery.lane, tried.ended_at - started_at)
             try:
                 await self._succeed(delivery, tried, returned, await voice.close())
             except (UserError, TooLarge) as refused:
@@ -238,19 +308,23 @@ class Worker:
                 error.retry = False
             else:
                 return True
+        finally:
+            if voice is not None:
+                voice.hush()
         slot_free()
-        ended_at = time.time()
-        self._intake.learn(delivery.lane, ended_at - started_at)
-        tried = self._tried(delivery, attempt, started_at, ended_at)
-        return await self._failed(delivery, tried, error, record, await voice.close())
+        tried = self._tried(delivery, past, started_at, self._clock())
+        self._intake.learn(delivery.lane, tried.ended_at - started_at)
+        notes = [] if voice is None else await voice.close()
+        return await self._failed(delivery, tried, past.failures + 1, error, record, notes)
 
-    async def _run(self, delivery: Delivery, attempt: int, record: FunctionRecord, voice: Voice) -> Returned:
+    async def _run(
+        self, delivery: Delivery, past: Past, record: FunctionRecord, kind: str, body: bytes, voice: Voice
+    ) -> Returned:
         invocation = delivery.invocation
-        kind, body = await self._body(invocation)
         invoke = Invoke(
             run_id=invocation.run_id,
             invocation_id=invocation.invocation_id,
-            attempt=attempt,
+            attempt=past.attempt,
             function=invocation.function,
             version=invocation.version,
             type=kind,
@@ -309,13 +383,14 @@ class Worker:
         self._codes.move_to_end(blob)
         return known
 
-    def _tried(self, delivery: Delivery, attempt: int, started_at: float, ended_at: float) -> Attempted:
+    def _tried(self, delivery: Delivery, past: Past, started_at: float, ended_at: float) -> Attempted:
         return Attempted(
-            attempt=attempt,
+            attempt=past.attempt,
             worker=self._tools.name,
             queued_at=delivery.at,
             started_at=started_at,
             ended_at=ended_at,
+            fence=past.fence,
         )
 
     # ------------------------------------------------------------ commit
@@ -343,15 +418,31 @@ class Worker:
         await self._commit(outcome, [*notes, *unit])
 
     async def _commit(self, outcome: Outcome, unit: list[Record]) -> None:
-        try:
-            seqs = await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
-        except AlreadyThere:
+        for _ in range(CLASHES_MAX):
+            try:
+                seqs = await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
+            except AlreadyThere:
+                if await self._settled_otherwise(outcome.run_id, outcome.invocation_id, unit[-1].expected):
+                    return
+            else:
+                await self._fill(outcome, seqs[-1], self._clock())
+                return
+        raise Unavailable("the log refuses an outcome and shows no reason", hint="The invocation is run again.")
+
+    async def _settled_otherwise(self, run: str, identity: str, fence: int) -> bool:
+        """Say whether a refused unit need not be appended any more; if not, two writers met and it may be tried again.
+
+        Raises:
+            Fenced: another worker has taken the invocation over.
+        """
+        newest = await self._log.last(fence_subject(run, identity))
+        if newest is not None and kind_of(newest.subject) == "done":
             # Another attempt was first: its outcome and its effects stand. Its slot may still have to be counted.
-            stored = await self._log.last(done_subject(outcome.run_id, outcome.invocation_id))
-            if stored is not None:
-                await self._fill(decode(stored.body, Outcome), stored.seq, stored.at)
-        else:
-            await self._fill(outcome, seqs[-1], time.time())
+            await self._fill(decode(newest.body, Outcome), newest.seq, newest.at)
+            return True
+        if newest is not None and newest.seq > fence:
+            raise Fenced
+        return await self._log.last(cancel_subject(run)) is not None
 
     async def _fill(self, outcome: Outcome, seq: int, at: float) -> None:
         if outcome.slot is not None:
@@ -364,6 +455,7 @@ class Worker:
         self,
         delivery: Delivery,
         tried: Attempted,
+        failures: int,
         error: FunctionError,
         record: FunctionRecord | None,
         notes: list[Record],
@@ -371,12 +463,12 @@ class Worker:
         """Record a failed attempt: another one follows, or the invocation is given up on."""
         invocation = delivery.invocation
         info = ErrorInfo(kind=error.kind, message=_told(error), traceback=error.traceback)
-        again = retries.retry_at(
+        again = retry_at(
             error,
-            attempt=tried.attempt,
+            failures=failures,
             retries=0 if record is None else record.options.retries,
             now=tried.ended_at,
-            rng=self._rng,
+            rng=self._tools.rng,
         )
         if isinstance(error, ChildLost):
             _log.warning("invocation %s of %s: %s", invocation.invocation_id, invocation.function, error)
@@ -384,35 +476,19 @@ class Worker:
             outcome, unit = effects.fail(invocation, tried, info)
             await self._commit(outcome, [*notes, *unit])
             return True
-        subject = attempt_subject(invocation.run_id, invocation.invocation_id, tried.attempt)
-        failed = Attempt(
-            run_id=invocation.run_id,
-            invocation_id=invocation.invocation_id,
-            function=invocation.function,
-            version=invocation.version,
-            worker=tried.worker,
-            attempt=tried.attempt,
-            queued_at=tried.queued_at,
-            started_at=tried.started_at,
-            ended_at=tried.ended_at,
-            retry_at=again,
-            error=info,
-            parent_id=invocation.parent_id,
-        )
-        with contextlib.suppress(AlreadyThere):
-            await self._log.append([*notes, Record(subject, encode(failed), subject)], timeout_s=APPEND_TIMEOUT_S)
-        await delivery.give_back(max(0.0, again - time.time()))
+        failed = effects.failed_attempt(invocation, tried, info, again)
+        try:
+            await self._log.append([*notes, failed], timeout_s=APPEND_TIMEOUT_S)
+        except AlreadyThere:
+            if await self._settled_otherwise(invocation.run_id, invocation.invocation_id, tried.fence):
+                return True
+            raise Unavailable("the log refuses a failed attempt and shows no reason", hint="It is run again.") from None
+        await delivery.give_back(max(0.0, again - self._clock()))
         return False
 
-    async def _give_up(self, delivery: Delivery, attempt: int, error: ErrorInfo) -> None:
-        now = time.time()
-        tried = self._tried(delivery, attempt, now, now)
-        outcome, unit = effects.fail(delivery.invocation, tried, error, "canceled")
-        await self._commit(outcome, unit)
-
-    async def _spread(self, delivery: Delivery) -> None:
+    async def _spread(self, delivery: Delivery, past: Past) -> None:
         """Start one part of a large map. The list of payloads is the same for all parts, so it is kept for a while."""
-        started_at = time.time()
+        started_at = self._clock()
         work = decode(delivery.invocation.payload.body, Spread)
         key = work.payloads.blob or work.slot.scope
         payloads = self._spreads.get(key)
@@ -421,17 +497,37 @@ class Worker:
             payloads = self._spreads[key] = decode(raw, list[Payload])
             while len(self._spreads) > 4:
                 self._spreads.popitem(last=False)
-        tried = self._tried(delivery, 1, started_at, time.time())
+        tried = self._tried(delivery, past, started_at, self._clock())
         with contextlib.suppress(AlreadyThere):
             await self._log.append(
-                effects.spread(delivery.invocation, tried, work, payloads, time.time()), timeout_s=APPEND_TIMEOUT_S
+                effects.spread(delivery.invocation, tried, work, payloads, self._clock()), timeout_s=APPEND_TIMEOUT_S
             )
+
+    # ------------------------------------------------------------ what nobody can read
+
+    def _bury_later(self, arrived: Arrival) -> None:
+        task = asyncio.create_task(self._bury(arrived))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _bury(self, arrived: Arrival) -> None:
+        """End an invocation whose message no worker could read, so that its run ends too."""
+        try:
+            outcome, unit = effects.unreadable(arrived.subject, self._tools.name, arrived.at, self._clock())
+            await self._commit(outcome, unit)
+            await self._intake.acknowledge(arrived)
+        except (HeadraceError, Fenced) as error:
+            _log.warning("message %d is not buried yet: %s", arrived.seq, error)
 
     # ------------------------------------------------------------ cancel
 
     async def _follow_cancels(self) -> None:
         """Hear of runs to be canceled: stop what runs of them, and drop what comes later."""
-        async with aclosing(follow(self._log, ["hr.cancel.>"], after=0)) as batches:
+        newest = await self._log.last("hr.cancel.*")
+        known_up_to = 0 if newest is None else newest.seq
+        if not known_up_to:
+            self._cancels_read.set()
+        async with aclosing(follow(self._log, ["hr.cancel.*"], after=0)) as batches:
             async for batch in batches:
                 for stored in batch:
                     run = run_of(stored.subject)
@@ -441,6 +537,8 @@ class Worker:
                             task.cancel()
                 while len(self._canceled) > CANCELS_KEPT_MAX:
                     self._canceled.popitem(last=False)
+                if not batch or batch[-1].seq >= known_up_to:
+                    self._cancels_read.set()
 
 
 class _Once:
