@@ -36,12 +36,14 @@ BATCH_BYTES_MAX = 4 * 1024 * 1024
 UNIT_MESSAGES_MAX = 900
 WAITING_UNITS_MAX = 20_000
 ANSWER_TIMEOUT_S = 2.0
+PROBE_S = 0.2
 READ_MANY_MAX = 1000
 CROWD = 16
 GROUPS_IN_FLIGHT = 2
 
 WRONG_LAST_SEQUENCE = 10071
 STREAM_FULL = 10077
+UNAVAILABLE = 503
 
 
 class Record(NamedTuple):
@@ -71,18 +73,21 @@ class _Refused(Exception):
 
 
 class _Unit:
-    __slots__ = ("done", "doubtful", "give_up_at", "records", "size")
+    __slots__ = ("done", "doubtful", "give_up_at", "places", "records", "size")
 
     def __init__(self, records: list[Record], done: asyncio.Future[list[int]], give_up_at: float) -> None:
         self.records = records
         self.done = done
         self.give_up_at = give_up_at
         self.size = sum(len(r.body) for r in records)
+        # The guarded places that the unit itself fills.
+        self.places = {r.absent for r in records if r.absent is not None and covers(r.absent, r.subject)}
         # Set once an attempt ended without an answer: the unit may be in the log, and a refusal may be our own echo.
         self.doubtful = False
 
 
 class _Error(Struct):
+    code: int = 0
     err_code: int = 0
     description: str = ""
 
@@ -204,15 +209,23 @@ class Log:
                     unit.done.set_exception(Unavailable(f"the log failed: {error}", hint="Send it again."))
 
     def _take_group(self) -> list[_Unit]:
-        """Take the units that wait, up to the limits of one batch; the first always fits."""
+        """Take the units that wait, up to the limits of one batch; the first always fits.
+
+        The server checks the guards of a batch against what was there before it: a guard with ``*`` does not see what
+        another unit of the same batch puts in its place. So two units that want one place never share a batch.
+        """
         group: list[_Unit] = []
+        places: set[str] = set()
         messages = size = 0
         while self._queue:
             unit = self._queue[0]
             messages += len(unit.records)
             size += unit.size
-            if group and (messages > BATCH_MESSAGES_MAX or size > BATCH_BYTES_MAX):
+            if group and (
+                messages > BATCH_MESSAGES_MAX or size > BATCH_BYTES_MAX or not places.isdisjoint(unit.places)
+            ):
                 break
+            places |= unit.places
             group.append(self._queue.popleft())
         return group
 

@@ -25,6 +25,15 @@ def done(run: str, invocation: str, body: bytes = b"x") -> Record:
     return Record(subject, body, subject)
 
 
+async def test_two_that_want_one_place_at_the_same_time_do_not_both_get_it(log: Log) -> None:
+    family = "hr.*.r.i"
+    rivals = [[Record("hr.lease.r.i", b"%d" % n, family)] for n in range(3)]
+    crowd = [[Record(f"hr.done.r.{n}", b"", f"hr.*.r.{n}")] for n in range(40)]
+    took = await asyncio.gather(*(log.append(unit) for unit in [*crowd, *rivals, *crowd]), return_exceptions=True)
+    assert sum(isinstance(t, AlreadyThere) for t in took[40:43]) == 2
+    assert sum(isinstance(t, AlreadyThere) for t in took) == 42
+
+
 async def test_an_appended_record_is_read_back_with_its_sequence(log: Log) -> None:
     (seq,) = await log.append([Record("hr.note.r.i", b"hello")])
     stored = await log.last("hr.note.r.i")
