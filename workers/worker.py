@@ -36,16 +36,11 @@ from headrace.errors import (
 )
 from headrace.model import Code, ErrorInfo, InvocationState
 from headrace.wire import (
-    GATHER,
-    ITEMS,
-    JSON,
-    NOTHING,
     SPREAD,
     SPREADER,
     Ask,
     Effect,
     FunctionRecord,
-    Gather,
     Granted,
     Invocation,
     Invoke,
@@ -58,7 +53,7 @@ from headrace.wire import (
     decode,
     encode,
 )
-from streams.blobs import Blobs, check_in, check_out
+from streams.blobs import Blobs, check_in
 from streams.follow import follow
 from streams.intake import Delivery, Intake
 from streams.log import AlreadyThere, Log, Record
@@ -73,6 +68,7 @@ from streams.topology import (
     run_of,
     start_subject,
 )
+from workers.inputs import Inputs
 from workers.joins import Joins
 from workers.pool import Pool
 from workers.staging import grant
@@ -85,8 +81,6 @@ CLASHES_MAX = 5
 APPEND_TIMEOUT_S = 60.0
 TROUBLE_DELAY_S = 1.0
 CANCELS_KEPT_MAX = 100_000
-CODES_KEPT_MAX = 64
-RESULT_BYTES_MAX = 16 * 1024 * 1024
 
 
 class Fenced(Exception):
@@ -125,8 +119,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[str, set[asyncio.Task[Any] | None]] = {}
         self._canceled: OrderedDict[str, None] = OrderedDict()
-        self._codes: OrderedDict[str, Code] = OrderedDict()
-        self._spreads: OrderedDict[str, list[Payload]] = OrderedDict()
+        self._inputs = Inputs(tools.log, tools.blobs)
         self._cancels_read = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, drain_s: float = 10.0) -> None:
@@ -281,7 +274,7 @@ class Worker:
                 raise LoadError(
                     f"version {invocation.version} of {invocation.function} is not registered", hint="Deploy it again."
                 )
-            kind, body = await self._body(invocation)
+            kind, body = await self._inputs.body(invocation)
             if delivery.delivered > 1:
                 past = await self._claim(delivery, past)
             voice = Voice(self._log, delivery, self._tools.name, past.attempt, self._clock)
@@ -334,7 +327,7 @@ class Worker:
         )
 
         async def code() -> Code:
-            return await self._code(record.code_blob)
+            return await self._inputs.code(record.code_blob)
 
         async def ask(what: Ask) -> Granted:
             return await grant(what, self._tools.blobs)
@@ -355,33 +348,6 @@ class Worker:
             mine.discard(task)
             if not mine:
                 self._running.pop(invocation.run_id, None)
-
-    async def _body(self, invocation: Invocation) -> tuple[str, bytes]:
-        """Return the content type and the bytes that the function gets, wherever they lie."""
-        payload = invocation.payload
-        if payload.type != GATHER:
-            return payload.type, await check_out(payload, self._tools.blobs)
-        gather = decode(await check_out(payload, self._tools.blobs), Gather)
-        results = [decode(s.body, Outcome).result or NOTHING for s in await self._log.at(gather.outcomes)]
-        bodies = [await check_out(r, self._tools.blobs) for r in results]
-        if sum(map(len, bodies)) > RESULT_BYTES_MAX:
-            raise UserError(
-                f"the results of {len(bodies):,} branches are larger than {RESULT_BYTES_MAX:,} bytes together",
-                hint="Let the members keep their data with ctx.store(...) and return the URI.",
-                transient=False,
-            )
-        if all(r.type == JSON for r in results):
-            return JSON, b"[" + b",".join(bodies) + b"]"
-        return ITEMS, encode([(r.type, b) for r, b in zip(results, bodies, strict=True)])
-
-    async def _code(self, blob: str) -> Code:
-        known = self._codes.get(blob)
-        if known is None:
-            known = self._codes[blob] = decode(await self._tools.blobs.get(blob), Code)
-            while len(self._codes) > CODES_KEPT_MAX:
-                self._codes.popitem(last=False)
-        self._codes.move_to_end(blob)
-        return known
 
     def _tried(self, delivery: Delivery, past: Past, started_at: float, ended_at: float) -> Attempted:
         return Attempted(
@@ -487,16 +453,10 @@ class Worker:
         return False
 
     async def _spread(self, delivery: Delivery, past: Past) -> None:
-        """Start one part of a large map. The list of payloads is the same for all parts, so it is kept for a while."""
+        """Start one part of a large map."""
         started_at = self._clock()
         work = decode(delivery.invocation.payload.body, Spread)
-        key = work.payloads.blob or work.slot.scope
-        payloads = self._spreads.get(key)
-        if payloads is None:
-            raw = await check_out(work.payloads, self._tools.blobs)
-            payloads = self._spreads[key] = decode(raw, list[Payload])
-            while len(self._spreads) > 4:
-                self._spreads.popitem(last=False)
+        payloads = await self._inputs.members(work)
         tried = self._tried(delivery, past, started_at, self._clock())
         with contextlib.suppress(AlreadyThere):
             await self._log.append(
