@@ -10,7 +10,7 @@ LOCK_VENV := build/lock
 DEBIAN := redis-server chromium
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock debian clean
+.PHONY: help demo test check bench chaos lock debian clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ check: $(VENV)/.dev ## format, lint and types
 
 bench: $(VENV)/.platform ## the figures of the README, measured here
 	@$(PY) -P -m infra.bench $(ARGS)
+
+chaos: $(VENV)/.platform debian ## faults injected from outside, all counted; ARGS="--seed 7 --scale 0.1 F1 F5" chooses
+	@$(PY) -P -m infra.chaos $(ARGS)
+
+bench-deadlines: $(VENV)/.platform ## deadlines met in simulated time, against other orders and an oracle
+	@$(PY) -P -m infra.bench.deadlines $(ARGS)
 
 # ---------------------------------------------------------------- installing
 

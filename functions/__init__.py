@@ -1,8 +1,10 @@
 """What should run, by when: decisions without I/O. Structs and the time go in, structs come out.
 
-Rooms: ``catalog`` (registering), ``routing`` (events to routes), ``admission`` (the first invocation of a run), ``qos``
-(deadlines and lanes), ``effects`` (an outcome and what it starts), ``scopes`` (branches that end together), ``retries``
-(another attempt or not). ``examples/`` holds the science functions that ship with Headrace.
+Rooms: ``catalog`` (registering), ``routing`` (events to routes), ``admission`` (the first invocation of a run),
+``qos`` (deadlines and lanes), ``effects`` (an outcome and what it starts), ``scopes`` (branches that end together),
+``retries`` (another attempt or not), ``revisions`` with ``voevent`` (what an event replaces or takes back),
+``replays`` (another go for what failed).
+``examples/`` holds the science functions that ship with Headrace.
 
 May import ``headrace`` and ``streams``.
 """

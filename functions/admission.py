@@ -7,19 +7,31 @@ import hashlib
 from msgspec import Struct
 
 from functions.qos import lane
+from functions.revisions import ORDINARY, Standing
 from headrace.clock import format_instant, maybe_instant
 from headrace.model import Links, Quote, RunRef
 from headrace.names import invocation_id, run_id
-from headrace.wire import EventMeta, FunctionRecord, Invocation, Payload, RouteRecord, encode
+from headrace.wire import RETRACTER, EventMeta, FunctionRecord, Invocation, Payload, RouteRecord, encode
 from streams.log import Record
+from streams.threads import membership
 from streams.topology import work_subject
 
 
 class Admitted(Struct, frozen=True, kw_only=True):
-    """A run about to be accepted: the record to append and the invocation in it."""
+    """A run about to be accepted: its records, to append as they are, and the invocation in the first of them."""
 
-    record: Record
+    records: list[Record]
     invocation: Invocation
+
+    @property
+    def record(self) -> Record:
+        """The record that accepts the run; the others say which threads it belongs to."""
+        return self.records[0]
+
+    @property
+    def retraction(self) -> bool:
+        """Whether it only takes others back. That makes room, so it is not refused for want of any."""
+        return self.invocation.function == RETRACTER
 
 
 def body_digest(content_type: str, body: bytes) -> str:
@@ -45,18 +57,20 @@ def admit(
     tenant: str,
     now: float,
     deadline: float | None,
+    revises: Standing = ORDINARY,
 ) -> Admitted:
     """Make the record that accepts a run. Its ids follow from the event and the route, so a repeat makes the same ones.
 
     The guard spans all lanes: a repeat that comes later has less time left and another lane, and is still a repeat.
+    The run of an event that only takes others back is done by the platform itself, however late it comes.
     """
     run = run_id(tenant, event.source, event.id, route.name)
     first = invocation_id(run, 0)
     invocation = Invocation(
         run_id=run,
         invocation_id=first,
-        function=function.name,
-        version=function.version,
+        function=RETRACTER if revises.retraction else function.name,
+        version="" if revises.retraction else function.version,
         route=route.name,
         tenant=tenant,
         payload=payload,
@@ -66,12 +80,13 @@ def admit(
         event=event,
         digest=digest,
         quote=Quote(),
-        on_late=route.route.on_late,
+        on_late="continue" if revises.retraction else route.route.on_late,
+        places=revises.places,
     )
     subject = work_subject(lane(deadline, now), tenant, run, first)
-    return Admitted(
-        record=Record(subject, encode(invocation), work_subject("*", tenant, run, first)), invocation=invocation
-    )
+    accepting = Record(subject, encode(invocation), work_subject("*", tenant, run, first))
+    # First the work: should a power cut tear the two apart, whoever runs it says again which threads it belongs to.
+    return Admitted(records=[accepting, *membership(invocation)], invocation=invocation)
 
 
 def links(run: str) -> Links:

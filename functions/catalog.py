@@ -6,6 +6,7 @@ from headrace.clock import format_instant, parse_duration
 from headrace.errors import BadRequest, NotFound, TooLarge
 from headrace.model import Code, EventFilter, FunctionOptions, FunctionView, Route
 from headrace.names import check_name, content_version
+from headrace.revision import check_revision
 from headrace.sdk import RETRIES_MAX
 from headrace.wire import FunctionRecord, encode
 
@@ -82,7 +83,7 @@ def check_route(name: str, route: Route, known: FunctionRecord | None) -> None:
 
     Raises:
         BadName: its name or its function's name does not follow the rule.
-        BadRequest: its deadline is not a duration, or its filter is empty.
+        BadRequest: its deadline is not a duration, its filter is empty, or its revision says nothing that can be used.
         NotFound: its function is not registered.
     """
     check_name(name, "route name")
@@ -96,6 +97,8 @@ def check_route(name: str, route: Route, known: FunctionRecord | None) -> None:
         )
     if route.max_in_flight is not None and route.max_in_flight < 1:
         raise BadRequest(f"max_in_flight: {route.max_in_flight} is not possible", hint="Use 1 or more.")
+    if route.revision is not None:
+        check_revision(route.revision)
     if known is None:
         raise NotFound(
             f"the route {name} leads to the function {route.function}, which is not registered",

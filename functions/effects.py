@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import msgspec
 from msgspec import Struct, structs
 
 from functions import routing
@@ -37,10 +38,15 @@ from headrace.wire import (
     encode,
 )
 from streams.log import UNIT_MESSAGES_MAX, Record
+from streams.threads import RETRACTS
 from streams.topology import attempt_subject, cancel_subject, done_subject, fence_subject, work_subject
 
 DEPTH_MAX = 1000
+INVOCATIONS_MAX = 1_000_000
+BREADTH_MAX = 10**15  # more is as good as endless, and must still fit into the message
 MEMBERS_AT_ONCE_MAX = 256
+RUNS_TOLD_MAX = 100
+RETRACTED_TYPE = "org.headrace.retracted"
 EMPTY_LIST = Payload(body=b"[]", size=2)
 
 
@@ -60,11 +66,15 @@ class Attempted(Struct, frozen=True, kw_only=True):
 
 
 class World(Struct, frozen=True, kw_only=True):
-    """What an outcome is committed against: the functions and routes as registered at this moment, and the time."""
+    """What an outcome is committed against: the functions and routes as registered at this moment, and the time.
+
+    ``depth_max`` is how long a chain may get.
+    """
 
     function: Callable[[str], FunctionRecord | None]
     routes: Iterable[RouteRecord]
     now: float
+    depth_max: int = DEPTH_MAX
 
 
 def spent(invocation: Invocation, tried: Attempted) -> TimeLedger:
@@ -86,6 +96,36 @@ def large_maps(effects: list[Effect]) -> dict[int, list[Payload]]:
     return {
         i: e.payloads for i, e in enumerate(effects) if isinstance(e, Map) and len(e.payloads) > MEMBERS_AT_ONCE_MAX
     }
+
+
+def started_by(effects: list[Effect]) -> int:
+    """Return how many invocations these effects start in their own run, those of large maps included."""
+    return sum(1 if isinstance(e, Call) else len(e.payloads) if isinstance(e, Map) else 0 for e in effects)
+
+
+def worth_counting(invocation: Invocation, starting: int, invocations_max: int) -> bool:
+    """Return whether a run may pass this many invocations when this one starts so many.
+
+    It is an estimate from the way that led here, as if all branches had branched alike, so that hardly any run ever
+    has to be counted: not one with a loop or a chain, nor one with a single large map.
+    """
+    branches = 1 if invocation.function == SPREADER else starting  # its breadth holds all members of its map already
+    return invocation.breadth * branches * (invocation.depth + 1) > invocations_max
+
+
+def check_count(count: int, starting: int, invocations_max: int) -> None:
+    """Refuse to go on with a run that has ``count`` invocations in the log.
+
+    Raises:
+        UserError: with so many more it would pass the limit.
+    """
+    if count + starting > invocations_max:
+        raise UserError(
+            f"the run has come to {count:,} invocations and would start {starting:,} more; "
+            f"the limit is {invocations_max:,}",
+            hint="Do functions that start each other come to an end? Else raise HEADRACE_RUN_INVOCATIONS_MAX.",
+            transient=False,
+        )
 
 
 def succeed(
@@ -131,6 +171,46 @@ def succeed(
             hint="Use one ctx.map(...) instead of many, or chain.",
         )
     return outcome, plan.records
+
+
+def retract(invocation: Invocation, tried: Attempted, over: list[str], world: World) -> tuple[Outcome, list[Record]]:
+    """Return the outcome of an event that took others back, and the unit to append: an event tells everybody.
+
+    Args:
+        invocation: the first of the retraction's run.
+        tried: when and where.
+        over: the runs of what was taken back, as far as they are known. They are told in the event and not in the
+            answer, which is the same whenever the retraction came.
+        world: what is registered, and the time.
+    """
+    keys = [place.key for place in invocation.places if place.rank[0] == RETRACTS]
+    event = invocation.event
+    told = {
+        "retracted": keys,
+        "route": invocation.route,
+        "by": {
+            "run_id": invocation.run_id,
+            "id": "" if event is None else event.id,
+            "source": "" if event is None else event.source,
+            "type": "" if event is None else event.type,
+        },
+        "runs": over[:RUNS_TOLD_MAX],
+        "runs_total": len(over),
+    }
+    return succeed(
+        invocation,
+        tried,
+        result=_json({"retracted": keys}),
+        answer=None,
+        effects=[Emit(type=RETRACTED_TYPE, subject=keys[0] if len(keys) == 1 else None, payload=_json(told))],
+        kept={},
+        world=world,
+    )
+
+
+def _json(value: object) -> Payload:
+    body = msgspec.json.encode(value)
+    return Payload(body=body, size=len(body))
 
 
 def fail(
@@ -205,6 +285,7 @@ def spread(invocation: Invocation, tried: Attempted, work: Spread, payloads: lis
                 version=work.version,
                 payload=payloads[index],
                 slot=structs.replace(work.slot, index=index),
+                breadth=invocation.breadth,
                 parent_id=work.slot.opened_by,
             ),
             now,
@@ -227,6 +308,7 @@ class _Plan:
         self.records: list[Record] = []
         self.branches = 0
         self.children = 0
+        self.breadth = invocation.breadth
 
     def start_branches(self, effects: list[Effect]) -> None:
         """Start all calls and maps. One branch takes over the slot of its parent; several share a new scope."""
@@ -236,12 +318,13 @@ class _Plan:
             if isinstance(e, Call) or (isinstance(e, Map) and (e.payloads or e.then is not None))
         ]
         self.branches = len(starting)
-        if starting and self.invocation.depth >= DEPTH_MAX:
+        if starting and self.invocation.depth >= self.world.depth_max:
             raise UserError(
-                f"the chain is {DEPTH_MAX:,} calls long",
+                f"the chain is {self.world.depth_max:,} calls long (HEADRACE_CHAIN_DEPTH_MAX)",
                 hint="A function that calls itself needs an end; start a new run with ctx.emit(...) for endless work.",
                 transient=False,
             )
+        self.breadth = min(BREADTH_MAX, self.invocation.breadth * max(1, started_by(effects)))
         around = self.invocation.slot
         scope = invocation_id(self.invocation.invocation_id, "scope") if len(starting) > 1 else ""
         for index, (position, effect) in enumerate(starting):
@@ -253,6 +336,9 @@ class _Plan:
                     size=len(starting),
                     parent=around,
                     opened_by=self.invocation.invocation_id,
+                    on_late=self.invocation.on_late,
+                    depth=self.invocation.depth,
+                    breadth=self.invocation.breadth,
                 )
             if isinstance(effect, Call):
                 self._call(effect, position, slot)
@@ -280,6 +366,9 @@ class _Plan:
             then_version="" if then is None else then.version,
             parent=around,
             opened_by=self.invocation.invocation_id,
+            on_late=self.invocation.on_late,
+            depth=self.invocation.depth,
+            breadth=min(BREADTH_MAX, self.invocation.breadth * self.branches),
         )
         if position in self.kept:
             self._spread(member, slot, self.kept[position])
@@ -309,6 +398,7 @@ class _Plan:
                     version="",
                     payload=Payload(type=SPREAD, body=body, size=len(body)),
                     slot=None,
+                    breadth=self.breadth,
                 )
             )
 
@@ -324,6 +414,7 @@ class _Plan:
             version=record.version,
             payload=payload,
             slot=slot,
+            breadth=self.breadth,
         )
         if delay_s > 0.0:
             child = structs.replace(child, not_before=self.tried.ended_at + delay_s)
@@ -339,6 +430,7 @@ class _Plan:
             id=f"{self.invocation.invocation_id}-{position}",
             source=f"/v1/runs/{self.invocation.run_id}",
             type=effect.type,
+            subject=effect.subject,
             extensions={"correlationid": self.invocation.run_id},
         )
         for route in routing.matching(self.world.routes, event, self.invocation.tenant):
@@ -358,7 +450,7 @@ class _Plan:
             # The outcome's guard covers the unit, and a repeat finds the same id in the log. What a canceled run
             # starts in itself is never run; but a run of its own would be, so its cancel guards it.
             guarded = any(record.absent is not None for record in self.records)
-            canceled = None if guarded else cancel_subject(self.invocation.run_id)
+            canceled = None if guarded else cancel_subject(self.invocation.run_id, "*")
             self.records.append(Record(admitted.record.subject, admitted.record.body, canceled))
 
     def _function(self, name: str, what: str) -> FunctionRecord:
@@ -382,6 +474,7 @@ def _child(
     version: str,
     payload: Payload,
     slot: Slot | None,
+    breadth: int,
     parent_id: str | None = None,
 ) -> Invocation:
     return Invocation(
@@ -399,6 +492,7 @@ def _child(
         slot=slot,
         spent=ledger,
         depth=parent.depth + 1,
+        breadth=breadth,
         on_late=parent.on_late,
     )
 

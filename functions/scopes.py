@@ -108,6 +108,9 @@ def _then(latest: Fill, outcomes: list[int], now: float) -> Record:
         parent_id=slot.opened_by or by.invocation_id,
         slot=slot.parent,
         spent=by.spent,
+        depth=slot.depth + 1,
+        breadth=slot.breadth,
+        on_late=slot.on_late,
     )
     return Record(work_subject(lane(by.deadline, now), by.tenant, by.run_id, identity), encode(joined))
 

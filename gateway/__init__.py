@@ -4,9 +4,9 @@ Rooms: ``app`` (puts the others together), ``table`` (every endpoint, once), ``s
 (errors as RFC 9457), ``auth`` (the token), ``limits``, ``gate`` and ``quota`` (how much may be in flight and open),
 ``media`` (what a body claims to be), ``cloudevents`` (events read from a request), ``ingest`` (events and triggers
 become admitted runs), ``acceptance`` (these go to the log), ``waiting`` (callers that stay for the answer), ``runs``
-(reading and canceling), ``story`` (facts become events) and ``live`` (which are followed), ``catalog`` (functions,
-routes, sites), ``uploads`` and ``spool`` (large data), ``status``, ``metrics``, ``openapi``, ``page``, ``needs`` (what
-all this asks of the rest).
+(reading and canceling), ``dead`` (what was given up on; replays), ``story`` (facts become events) and ``live`` (which
+are followed), ``catalog`` (functions, routes, sites), ``uploads`` and ``spool`` (large data), ``status``, ``metrics``,
+``openapi``, ``page``, ``needs`` (what all this asks of the rest).
 
 May import ``headrace``, ``streams`` and ``functions``. It never runs, imports or unpickles what users send.
 """

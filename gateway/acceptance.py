@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ from functions.admission import Admitted
 from gateway.needs import Log, Tables
 from gateway.problems import KeyReused
 from gateway.quota import Quota
-from headrace.errors import Overloaded, Unavailable
+from headrace.errors import HeadraceError, Overloaded, Unavailable
 from headrace.wire import Invocation, decode
 from streams.log import AlreadyThere
+from streams.threads import settle
+
+_log = logging.getLogger(__name__)
 
 _APPEND_TRIES_MAX = 5
 
@@ -34,12 +38,22 @@ class Acceptance:
     async def append(self, admitted: list[Admitted]) -> list[Accepted]:
         """Append all runs that are not in the log yet as one unit, and return all in the order given.
 
+        Runs that they supersede or retract are stopped at once: a retraction waits for no worker to be free.
+
         Raises:
             KeyReused: one of them is in the log with another body; nothing was appended.
             Overloaded: a route has as many open runs as it may have.
         """
-        if not admitted:
-            return []
+        accepted = await self._append(admitted) if admitted else []
+        for first, _ in accepted:
+            if first.places:
+                try:
+                    await settle(self._log, first, first.accepted_at)
+                except HeadraceError as error:  # it is accepted all the same; whoever takes the run settles it
+                    _log.warning("what the run %s overrules is not settled yet: %s", first.run_id, error)
+        return accepted
+
+    async def _append(self, admitted: list[Admitted]) -> list[Accepted]:
         pending = {a.invocation.run_id: a for a in admitted}
         there: dict[str, Invocation] = {}
         for _ in range(_APPEND_TRIES_MAX):
@@ -62,17 +76,18 @@ class Acceptance:
         return [Accepted(there.get(a.invocation.run_id, a.invocation), a.invocation.run_id in there) for a in admitted]
 
     async def _append_within_quota(self, admitted: list[Admitted]) -> None:
-        unit = [a.record for a in admitted]
+        unit = [record for a in admitted for record in a.records]
         routes = self._tables.routes.items()
         limits: dict[str, int] = {}
-        for one in admitted:
+        counted = [one for one in admitted if not one.retraction]
+        for one in counted:
             record = routes.get(one.invocation.route)
             if record is not None and record.route.max_in_flight is not None:
                 limits[record.name] = record.route.max_in_flight
         if not limits:
             await self._log.append(unit)
             return
-        wanted = Counter(a.invocation.route for a in admitted if a.invocation.route in limits)
+        wanted = Counter(a.invocation.route for a in counted if a.invocation.route in limits)
         await self._quota.take(wanted, limits)
         appended = False
         try:

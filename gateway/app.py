@@ -10,13 +10,15 @@ from aiohttp.typedefs import Handler
 
 from gateway import auth, page, problems
 from gateway.acceptance import Acceptance
+from gateway.backlog import Backlog
 from gateway.catalog import Catalog
-from gateway.gate import Disk, Gate
+from gateway.dead import DeadList
+from gateway.gate import Disk, Fill, Gate
 from gateway.ingest import Ingest
 from gateway.limits import GatewayLimits
 from gateway.live import Live
 from gateway.metrics import Metrics
-from gateway.needs import Follow, Log, Reader, Store, Tables
+from gateway.needs import Behind, Follow, Lanes, Log, Reader, Store, Tables
 from gateway.openapi import OpenApi
 from gateway.quota import Quota
 from gateway.runs import RunBook, Runs
@@ -58,6 +60,7 @@ def build(
     token: str,
     version: str,
     limits: GatewayLimits | None = None,
+    lanes: Lanes | None = None,
     tenant: str = TENANT,
     public_url: str = "",
     clock: Callable[[], float] = time.time,
@@ -73,19 +76,24 @@ def build(
         token: the bearer token that callers need.
         version: of the platform, for ``/openapi.json`` and ``/metrics``.
         limits: how much to take on.
+        lanes: how much work waits; without it nothing is refused because it would be late.
         tenant: whose events come in through this gateway.
         public_url: where callers reach it, if that is not the ``Host`` they send (behind a proxy).
         clock: the time in epoch seconds.
     """
     limits = limits or GatewayLimits()
+    behind = Behind(log, tables, blobs, reader)
     metrics = Metrics(version)
     draining = Draining()
     disk = Disk(blobs.incoming, limits.disk_bytes_min)
-    gate = Gate(limits, disk)
+    fill = Fill(log, limits.log_share_max)
+    gate = Gate(limits, disk, fill)
+    backlog = Backlog(lanes, backlog_max=limits.backlog_max)
     book = RunBook(log=log, follow=follow, reader=reader, tenant=tenant)
     waiting = Waiting(log=log, book=book, seats_max=limits.waiting_max)
     acceptance = Acceptance(log=log, tables=tables, quota=Quota(log, reader))
     live = Live(log=log, follow=follow, book=book, metrics=metrics, tenant=tenant, limits=limits)
+    status = Status(behind, disk=disk, gate=gate, waiting=waiting, metrics=metrics, version=version, draining=draining)
     uploads = Uploads(spool=Spool(blobs), disk=disk, token=token, limits=limits, public_url=public_url, clock=clock)
     handlers = {
         **_ingest(
@@ -95,6 +103,7 @@ def build(
                 blobs=blobs,
                 book=book,
                 gate=gate,
+                backlog=backlog,
                 waiting=waiting,
                 metrics=metrics,
                 tenant=tenant,
@@ -104,19 +113,9 @@ def build(
         ),
         **_uploads(uploads),
         **_runs(Runs(book=book, log=log, reader=reader, blobs=blobs, clock=clock), live),
+        **_dead(DeadList(behind, acceptance=acceptance, book=book, gate=gate, tenant=tenant, clock=clock)),
         **_catalog(Catalog(tables=tables, blobs=blobs, gate=gate, tenant=tenant, clock=clock)),
-        **_status(
-            Status(
-                log=log,
-                disk=disk,
-                gate=gate,
-                waiting=waiting,
-                metrics=metrics,
-                limits=limits,
-                version=version,
-                draining=draining,
-            )
-        ),
+        **_status(status),
         "openapi": OpenApi(version).get,
         **_page(page.Page(page.load())),
     }
@@ -124,7 +123,9 @@ def build(
     app[DRAINING] = draining
     app[METRICS] = metrics
     app.cleanup_ctx.append(uploads.sweep)
+    app.cleanup_ctx.append(fill.watch)
     app.on_shutdown.append(lambda _: live.close())
+    app.on_cleanup.append(lambda _: backlog.close())
     return app
 
 
@@ -167,6 +168,10 @@ def _runs(runs: Runs, live: Live) -> dict[str, Handler]:
     }
 
 
+def _dead(dead: DeadList) -> dict[str, Handler]:
+    return {"list_dead": dead.page, "replay": dead.replay}
+
+
 def _catalog(catalog: Catalog) -> dict[str, Handler]:
     return {
         "list_functions": catalog.functions,
@@ -182,7 +187,7 @@ def _catalog(catalog: Catalog) -> dict[str, Handler]:
 
 
 def _status(status: Status) -> dict[str, Handler]:
-    return {"live": status.live, "ready": status.ready, "metrics": status.metrics}
+    return {"live": status.live, "ready": status.ready, "metrics": status.metrics, "get_audit": status.audit}
 
 
 def _page(files: page.Page) -> dict[str, Handler]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import web
 
 from gateway.limits import GatewayLimits
+from gateway.needs import Log
 from gateway.problems import Busy
 from headrace.errors import BadRequest, TooLarge, Unavailable
 
+_log = logging.getLogger(__name__)
+
 _DISK_LOOK_S = 1.0
+_LOG_LOOK_S = 1.0
+_BESIDE_BODY_BYTES = 4096  # what one trigger takes in the log and on disk besides its body, outcome included
 
 
 class Disk:
@@ -28,11 +35,15 @@ class Disk:
         self._free = 0
 
     def free(self) -> int:
-        """Return the bytes free, at most a second old."""
+        """Return the bytes free: as seen at most a second ago, less what was let in since."""
         now = self._clock()
         if now - self._looked_at >= _DISK_LOOK_S:
             self._free, self._looked_at = shutil.disk_usage(self._folder).free, now
         return self._free
+
+    def took(self, size: int) -> None:
+        """Count so many bytes as taken until the next look."""
+        self._free -= size
 
     def check(self, wanted: int = 0) -> None:
         """Return if so many bytes can be taken and the floor still holds.
@@ -46,6 +57,70 @@ class Disk:
                 hint="Free some space, or lower log_keep_s; the operator's page is `headrace doctor`.",
                 retry_after_s=30,
             )
+
+
+class Fill:
+    """How full the log is, asked of its server once a second.
+
+    A full log refuses everything, also the outcomes of what it holds. So triggers are refused while there is room left
+    for those.
+    """
+
+    def __init__(self, log: Log, share_max: float) -> None:
+        self._log = log
+        self._share_max = share_max
+        self._used = 0
+        self._limit = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the log's size limit that is taken, what was let in since the last look included."""
+        return self._used / self._limit if self._limit else 0.0
+
+    @property
+    def room(self) -> bool:
+        """Whether triggers may come in."""
+        return self.share < self._share_max
+
+    def check(self) -> None:
+        """Return if there is room for more triggers.
+
+        Raises:
+            Unavailable: there is not.
+        """
+        if not self.room:
+            raise Unavailable(
+                f"the log is {self.share:.0%} full",
+                hint="Raise log_bytes_max or lower log_keep_s; what was accepted still comes to its end.",
+                retry_after_s=30,
+            )
+
+    def took(self, size: int) -> None:
+        """Count so many bytes as taken until the next look."""
+        self._used += size
+
+    async def look(self) -> None:
+        """Ask the log's server; while it does not answer, what is known stays."""
+        with suppress(Unavailable):
+            self._used, self._limit = await self._log.size()
+
+    async def watch(self, app: web.Application) -> AsyncIterator[None]:
+        """Look again and again, for as long as the application runs."""
+        task = asyncio.create_task(self._watch_for_ever(), name="log-fill")
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    async def _watch_for_ever(self) -> None:
+        while True:
+            had_room = self.room
+            await self.look()
+            if self.room != had_room:
+                _log.warning(
+                    "the log is %.0f %% full; triggers are %s", 100 * self.share, "taken" if self.room else "refused"
+                )
+            await asyncio.sleep(_LOG_LOOK_S)
 
 
 class Held:
@@ -95,9 +170,10 @@ class Held:
 class Gate:
     """Counts requests and bytes in flight against their limits."""
 
-    def __init__(self, limits: GatewayLimits, disk: Disk) -> None:
+    def __init__(self, limits: GatewayLimits, disk: Disk, fill: Fill) -> None:
         self.limits = limits
         self._disk = disk
+        self.fill = fill
         self.requests = 0
         self.bytes = 0
 
@@ -107,7 +183,7 @@ class Gate:
         Raises:
             TooLarge: it says itself that its body is larger than the limit.
             Busy: too many requests or bytes are in flight.
-            Unavailable: the disk is nearly full.
+            Unavailable: the disk or the log is nearly full.
         """
         limits = self.limits
         size = request.content_length or 0
@@ -118,6 +194,9 @@ class Gate:
         if self.requests >= limits.in_flight_max or self.bytes + size > limits.in_flight_bytes_max:
             raise busy()
         self._disk.check()
+        self.fill.check()
+        self._disk.took(size + _BESIDE_BODY_BYTES)
+        self.fill.took(size + _BESIDE_BODY_BYTES)
         self.requests += 1
         self.bytes += size
         return Held(self, request, size)

@@ -16,9 +16,11 @@ from msgspec import Struct, structs
 
 from functions.admission import Admitted, admit, reference
 from functions.qos import deadline_of as route_deadline
+from functions.revisions import standing
 from functions.routing import matching
 from gateway import cloudevents
 from gateway.acceptance import Acceptance, Accepted, check_same
+from gateway.backlog import Backlog
 from gateway.gate import Gate
 from gateway.limits import GatewayLimits
 from gateway.media import digest_of, read_payload
@@ -58,6 +60,7 @@ class Ingest:
         blobs: Blobs,
         book: RunBook,
         gate: Gate,
+        backlog: Backlog,
         waiting: Waiting,
         metrics: Metrics,
         tenant: str,
@@ -69,6 +72,7 @@ class Ingest:
         self._blobs = blobs
         self._book = book
         self._gate = gate
+        self._backlog = backlog
         self._waiting = waiting
         self._door = metrics.door
         self._tenant = tenant
@@ -120,6 +124,8 @@ class Ingest:
         began = time.perf_counter()
         try:
             route = await self._route(request.match_info["route"])
+            now = self._clock()
+            self._backlog.check(route_deadline(route.route, request.headers.get("Headrace-Deadline"), now), now)
             held = self._gate.enter(request)
             try:
                 admitted = await self._admit_trigger(request, route, await held.read())
@@ -137,11 +143,12 @@ class Ingest:
     async def _admit_trigger(self, request: web.Request, route: RouteRecord, body: bytes) -> Admitted:
         headers = request.headers
         event = EventMeta(
-            id=_event_id(headers.get("Idempotency-Key")), source=f"/v1/triggers/{route.name}", type=TRIGGER_TYPE
+            id=event_id(headers.get("Idempotency-Key")), source=f"/v1/triggers/{route.name}", type=TRIGGER_TYPE
         )
         payload = read_payload(headers.get("Content-Type"), body)
         now = self._clock()
         asked = headers.get("Headrace-Deadline")
+        revises = standing(route, event, payload)
         return admit(
             event=event,
             payload=await check_in(payload, self._blobs),
@@ -151,6 +158,7 @@ class Ingest:
             tenant=self._tenant,
             now=now,
             deadline=route_deadline(route.route, asked, now),
+            revises=revises,
         )
 
     async def _admit_events(self, received: list[cloudevents.Received]) -> list[Admitted]:
@@ -174,12 +182,18 @@ class Ingest:
                     tenant=self._tenant,
                     now=now,
                     deadline=route_deadline(route.route, None, now) if own_deadline is None else own_deadline,
+                    revises=standing(route, event, payload),
                 )
                 known = admitted.setdefault(one.invocation.run_id, one)
                 check_same(known.invocation, digest)
-        if len(admitted) > UNIT_MESSAGES_MAX:
+        waiting = [one.invocation.deadline for one in admitted.values() if not one.retraction]
+        if waiting:
+            due = [deadline for deadline in waiting if deadline is not None]
+            self._backlog.check(min(due, default=None), now, runs=len(waiting))
+        records = sum(len(one.records) for one in admitted.values())
+        if records > UNIT_MESSAGES_MAX:
             raise TooLarge(
-                f"the batch starts {len(admitted):,} runs, the limit is {UNIT_MESSAGES_MAX}",
+                f"the batch starts {len(admitted):,} runs with {records:,} records, the limit is {UNIT_MESSAGES_MAX}",
                 hint="Send several batches.",
             )
         return list(admitted.values())
@@ -204,6 +218,10 @@ class Ingest:
     # ------------------------------------------------------------ answers
 
     def _count(self, accepted: list[Accepted], began: float) -> None:
+        now = self._clock()
+        for one in accepted:
+            if not one.duplicate:
+                self._backlog.took(one.first.deadline, now)
         duplicates = sum(one.duplicate for one in accepted)
         self._door.duplicate += duplicates
         self._door.accepted += len(accepted) - duplicates
@@ -227,7 +245,7 @@ class Ingest:
             return made  # the promise stands all the same
 
 
-def _event_id(key: str | None) -> str:
+def event_id(key: str | None) -> str:
     """Return the event id that an ``Idempotency-Key`` gives (quotes of a structured header aside), or a new one."""
     if key is None:
         return secrets.token_hex(16)

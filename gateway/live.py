@@ -107,7 +107,7 @@ class Live:
                 for stored in batch:
                     told = await teller.tell(stored)
                     parts.append(text_of(stored.seq, told))
-                    if any(name == "run" and data["state"] in FINAL for name, data in told):
+                    if any(name == "run" and data.get("state") in FINAL for name, data in told):
                         yield b"".join(parts)
                         return
                 yield b"".join(parts) or KEEP_ALIVE
@@ -164,7 +164,7 @@ def all_subjects(tenant: str) -> list[str]:
         start_subject("*", "*", "*"),
         attempt_subject("*", "*", "*"),
         note_subject("*", "*", "*"),
-        cancel_subject("*"),
+        cancel_subject("*", "*"),
     ]
 
 

@@ -6,10 +6,13 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from headrace.clock import parse_instant
+from headrace.model import Audit
 
 ACCEPT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -54,6 +57,32 @@ class Door(Collector):
         )
 
 
+class AuditFound(Collector):
+    """The last audit, as it was before a look at the metrics; while it is not known there is nothing to see."""
+
+    def __init__(self) -> None:
+        self.last: Audit | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the last audit as metrics."""
+        last = self.last
+        if last is None:
+            return
+        yield CounterMetricFamily(
+            "headrace_runs_accepted", "Runs accepted since the beginning of the log", value=last.accepted
+        )
+        yield CounterMetricFamily("headrace_runs_ended", "Runs ended since the beginning of the log", value=last.ended)
+        for name, text, value in (
+            ("headrace_runs_running", "Runs that have not ended and are on their way", last.running),
+            ("headrace_audit_difference", "Runs accepted - ended - running; has to be 0", last.difference),
+            ("headrace_audit_lost", "Runs of which work was acknowledged without an outcome", last.lost),
+            ("headrace_audit_stuck", "Runs of which all work has outcomes, and which have no end", last.stuck),
+            ("headrace_audit_missed", "Runs ended in the log and open in the read model", last.missed),
+            ("headrace_audit_timestamp_seconds", "When that was found", parse_instant(last.at)),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+
+
 class Metrics:
     """The counters of one gateway; ``door`` holds those of the hot path."""
 
@@ -63,6 +92,8 @@ class Metrics:
         GCCollector(registry=self.registry)
         self.door = Door()
         self.registry.register(self.door)
+        self.audit = AuditFound()
+        self.registry.register(self.audit)
         self.streams = Gauge("headrace_streams", "Clients of server-sent events", registry=self.registry)
         self.streams_dropped = Counter(
             "headrace_streams_dropped",
@@ -75,5 +106,9 @@ class Metrics:
         )
         self.waiting = Gauge("headrace_waiting", "Callers that wait for an answer", registry=self.registry)
         self.log_connected = Gauge("headrace_log_connected", "1 while the log can be reached", registry=self.registry)
+        self.log_full = Gauge("headrace_log_full_ratio", "Share of the log's size limit in use", registry=self.registry)
+        self.disk_free_bytes = Gauge(
+            "headrace_disk_free_bytes", "Bytes free where the blobs lie", registry=self.registry
+        )
         build = Gauge("headrace_build_info", "The version, in a label", ["version"], registry=self.registry)
         build.labels(version).set(1)

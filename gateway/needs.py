@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-from headrace.model import RunPage, RunView
+from headrace.model import Audit, RunPage, RunView
 from headrace.wire import FunctionRecord, RouteRecord
+from streams.backlog import Look
 from streams.blobs import Blobs
+from streams.ledger import DeadFound
 from streams.log import Record
 from streams.record import RunRecord
 from streams.stored import Stored
@@ -43,8 +45,14 @@ class Log(Protocol):
     async def last_of_each(self, subjects: list[str]) -> list[Stored]:
         """Return the newest message of each subject that matches, in the order of the log; at most 1,000."""
 
+    async def at(self, seqs: Iterable[int]) -> list[Stored]:
+        """Return the messages at these sequences; ``Unavailable`` if the log holds one of them no longer."""
+
     async def end_seq(self) -> int:
         """Return the sequence of the newest message."""
+
+    async def size(self) -> tuple[int, int]:
+        """Return the bytes that the log takes, and those at which it refuses (0: no limit)."""
 
     def live(
         self, *subjects: str, wanted: Callable[[str, bytes], bool] | None = None
@@ -105,6 +113,13 @@ class Store(Blobs, Protocol):
         """Move a finished and synced file from ``incoming`` into its place. The caller has checked its digest."""
 
 
+class Lanes(Protocol):
+    """The lanes of the log, from outside."""
+
+    async def look(self) -> Look:
+        """Return how much waits and how much has ended; ``Unavailable`` while the log does not answer."""
+
+
 class Reader(Protocol):
     """The read model. It may lag behind the log and may be away (``Unavailable``)."""
 
@@ -130,3 +145,30 @@ class Reader(Protocol):
         cursor: str | None = None,
     ) -> RunPage:
         """Return runs, newest first; ``BadRequest`` for a cursor that is none."""
+
+    async def dead(
+        self,
+        *,
+        function: str | None = None,
+        route: str | None = None,
+        since: float | None = None,
+        replayed: bool = False,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> DeadFound:
+        """Return invocations that were given up on, newest first; ``BadRequest`` for a cursor that is none."""
+
+    async def run_of_dead(self, invocation: str, /) -> str | None:
+        """Return the run of an invocation that was given up on, or None if it is not known here."""
+
+    async def audit(self) -> Audit | None:
+        """Return what the auditor found last, or None before its first round."""
+
+
+class Behind(NamedTuple):
+    """What is behind the front door."""
+
+    log: Log
+    tables: Tables
+    blobs: Store
+    reader: Reader

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from http import HTTPStatus
@@ -24,6 +25,7 @@ from headrace.errors import (
     NotFound,
     Overloaded,
     RunFailed,
+    RunRetracted,
     TooLarge,
     Unauthorized,
     Unavailable,
@@ -75,6 +77,7 @@ MEANINGS: dict[type[HeadraceError], Meaning] = {
     Busy: Meaning(503, "busy"),
     Unavailable: Meaning(503, "unavailable"),
     RunFailed: Meaning(410, "run-failed"),
+    RunRetracted: Meaning(410, "run-retracted"),
     HeadraceError: Meaning(500, "internal"),
 }
 
@@ -173,14 +176,24 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return respond(BadRequest(f"the body could not be read: {error}", hint="Send it again."), request)
     except ConnectionError:
         raise  # the client is gone; nobody reads an answer
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _respond_unforeseen(request)
+        full = Unavailable("the disk of the platform is full", hint="Send it again in a while.", retry_after_s=30)
+        return respond(full, request)
     except Exception:
-        _log.exception("%s %s failed", request.method, request.rel_url.raw_path)
-        content = body(
-            slug="internal",
-            title="Something went wrong",
-            status=500,
-            detail="the gateway met an error that nobody foresaw; its log says more",
-            hint="Send it again; if it fails again, show the operator the time and the path.",
-            instance=request.rel_url.raw_path,
-        )
-        return web.Response(status=500, body=content, content_type=MEDIA_TYPE)
+        return _respond_unforeseen(request)
+
+
+def _respond_unforeseen(request: web.Request) -> web.Response:
+    """Log the error that is being handled in full, and tell that there was one."""
+    _log.exception("%s %s failed", request.method, request.rel_url.raw_path)
+    content = body(
+        slug="internal",
+        title="Something went wrong",
+        status=500,
+        detail="the gateway met an error that nobody foresaw; its log says more",
+        hint="Send it again; if it fails again, show the operator the time and the path.",
+        instance=request.rel_url.raw_path,
+    )
+    return web.Response(status=500, body=content, content_type=MEDIA_TYPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing, suppress
@@ -9,25 +10,28 @@ from typing import get_args
 
 import msgspec
 from aiohttp import web
+from msgspec import structs
 
 from functions.admission import guard_subject
 from gateway.needs import Follow, Log, Reader
 from headrace.clock import parse_instant
-from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, TooLarge, Unavailable
+from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, RunRetracted, TooLarge, Unavailable
 from headrace.model import FINAL, RunState, RunView
 from headrace.names import check_name
 from headrace.wire import Cancel, Outcome, Payload, decode, encode
 from streams.blobs import Blobs
 from streams.log import AlreadyThere, Record
-from streams.record import InvocationRecord, RunRecord, fold_run, view
+from streams.record import InvocationRecord, RunRecord, apply, fact_of, fold_run, view
 from streams.stored import Stored
-from streams.topology import cancel_subject, done_subject, run_subjects
+from streams.topology import cancel_subject, done_subject, replay_subject, run_subjects
 
 LIMIT_MAX = 1000
 LIMIT_DEFAULT = 100
 CURSOR_CHARS_MAX = 512
 REASON_CHARS_MAX = 500
 RESULT_RETRY_S = 1
+CATCH_UP_S_MAX = 2.0
+_LOOK_AGAIN_S = 0.01
 _SCAN_IDLE_S = 1.0
 
 # What comes out of a function is shown by no browser as part of this site.
@@ -66,6 +70,15 @@ class RunBook:
             folded = await self._fold(run_id, enough=known is not None and fresh)
             if folded is not None:
                 known = view(*folded)
+        elif known.thread or known.state == "failed":
+            record = await self.record(run_id, seq=seq)
+            known = structs.replace(
+                known,
+                superseded_by=record.superseded_by,
+                retracted_by=record.retracted_by,
+                replayed_as=record.replayed_as,
+                error=record.error,
+            )
         if known is None or known.tenant != self._tenant:
             raise _unknown(run_id)
         return known
@@ -90,9 +103,30 @@ class RunBook:
             folded = await self._fold(run_id, enough=known is not None and fresh)
             if folded is not None:
                 known = folded[0]
+        elif known.thread or known.state == "failed":
+            # What has ended can still be retracted, by any gateway, and from then on nobody must be told its answer;
+            # and what has failed can be replayed.
+            for stored in await self._log.last_of_each([cancel_subject(run_id, "*"), replay_subject(run_id)]):
+                fact = fact_of(stored)
+                known = known if fact is None else apply(known, fact, stored)
         if known is None or known.tenant != self._tenant:
             raise _unknown(run_id)
         return known
+
+    async def caught_up(self) -> None:
+        """Return once the read model has what this gateway had appended before: a list may lack none of it.
+
+        Raises:
+            Unavailable: it is further behind than a moment, or away.
+        """
+        promised, give_up_at = self._log.last_seq, time.monotonic() + CATCH_UP_S_MAX
+        while await self._reader.position() < promised:
+            if time.monotonic() >= give_up_at:
+                raise Unavailable(
+                    "the read model is behind the log",
+                    hint="Triggers are still accepted, and single runs can be read; ask again in a moment.",
+                )
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def answer(self, record: RunRecord) -> Payload | None:
         """Return the answer of a run, or None while there is none."""
@@ -159,25 +193,35 @@ class Runs:
             )
         route = query.get("route")
         since = query.get("since")
-        cursor = query.get("cursor")
-        if cursor is not None and len(cursor) > CURSOR_CHARS_MAX:
-            raise BadRequest("cursor: this was not given out here", hint="Use `next` of the page before.")
+        await self._book.caught_up()
         return as_json(
             await self._reader.page(
                 state=state,
                 route=None if route is None else check_name(route, "route name"),
                 since=None if since is None else parse_instant(since, "since"),
-                limit=_limit(query.get("limit")),
-                cursor=cursor,
+                limit=limit_of(query.get("limit")),
+                cursor=cursor_of(query.get("cursor")),
             )
         )
 
     async def result(self, request: web.Request) -> web.StreamResponse:
-        """Answer ``GET /v1/runs/{run_id}/result``: the answer, 202 while there is none, 410 if none will come."""
+        """Answer ``GET /v1/runs/{run_id}/result``: the answer, 202 while there is none, 410 if none will come.
+
+        A retracted answer is 410 too; a superseded one comes with a ``Link`` to the run that took its place.
+        """
         record = await self._book.record(request.match_info["run_id"])
+        if record.retracted_by is not None:
+            raise RunRetracted(
+                f"the run {record.run_id} was retracted by the run {record.retracted_by}",
+                hint=f"headrace run {record.retracted_by}",
+                kind="retracted",
+                run_id=record.run_id,
+            )
         answer = await self._book.answer(record)
         if answer is not None:
             headers = {**RESULT_HEADERS, "Content-Type": answer.type}
+            if record.superseded_by is not None:
+                headers["Link"] = f'</v1/runs/{record.superseded_by}>; rel="successor-version"'
             if answer.blob is not None:
                 return web.FileResponse(await self._blobs.path(answer.blob), headers=headers)
             return web.Response(body=answer.body, headers=headers)
@@ -218,12 +262,28 @@ def _reason(request: web.Request) -> str:
     return request.query.get("reason", "")[:REASON_CHARS_MAX]
 
 
-def _limit(text: str | None) -> int:
+def limit_of(text: str | None) -> int:
+    """Return how many rows a page may have.
+
+    Raises:
+        BadRequest: it is not a number from 1 to 1,000.
+    """
     if text is None:
         return LIMIT_DEFAULT
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= LIMIT_MAX:
         raise BadRequest(f"limit: {ascii(text)[:40]} is not possible", hint=f"Use 1 to {LIMIT_MAX}.")
     return int(text)
+
+
+def cursor_of(text: str | None) -> str | None:
+    """Return a cursor, which only the read model understands.
+
+    Raises:
+        BadRequest: it is too long to be one.
+    """
+    if text is not None and len(text) > CURSOR_CHARS_MAX:
+        raise BadRequest("cursor: this was not given out here", hint="Use `next` of the page before.")
+    return text
 
 
 def _unknown(run_id: str) -> NotFound:

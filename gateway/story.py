@@ -171,6 +171,8 @@ def _ended(done: Outcome, stored: Stored) -> Told:
 
 
 def _canceled(cancel: Cancel, stored: Stored) -> Told:
+    if cancel.by is not None:
+        return [("run", {"run_id": cancel.run_id, f"{cancel.by.kind}_by": cancel.by.run_id})]
     error = {"kind": "canceled", "message": cancel.reason or "the run was canceled"}
     run = {"run_id": cancel.run_id, "state": "canceled", "ended_at": format_instant(stored.at), "error": error}
     return [("run", run)]
@@ -202,6 +204,8 @@ def run_event(record: RunRecord) -> tuple[str, Data]:
             "time_to_solution_s": None if answered is None else max(0.0, answered - record.accepted_at),
             "time_ledger": record.spent,
             "error": record.error,
+            "superseded_by": record.superseded_by,
+            "retracted_by": record.retracted_by,
         },
     )
 
@@ -227,12 +231,16 @@ class Teller:
         """Return the events of a fact."""
         told = events_of(stored)
         kind = kind_of(stored.subject)
-        if kind == "end":
-            # The end of a run with branches knows neither its deadline nor when it was answered.
+        if kind == "end" or (kind == "cancel" and told and "state" not in told[0][1]):
+            # The end of a run with branches knows neither its deadline nor when it was answered; that a run was
+            # superseded or retracted does not tell whether it had ended before.
             try:
-                return [run_event(await self._book.record(told[0][1]["run_id"], seq=stored.seq))]
+                record = await self._book.record(told[0][1]["run_id"], seq=stored.seq)
             except (NotFound, Unavailable):
                 return told
+            if record.state == "canceled":
+                _remember(self._canceled, record.run_id)
+            return [run_event(record)]
         if kind in ("done", "cancel"):
             return [(name, data) for name, data in told if name != "run" or self._mend(data, kind)]
         return told

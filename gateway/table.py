@@ -11,9 +11,22 @@ from gateway.ingest import EventsAccepted
 from gateway.spool import Kept
 from gateway.status import Readiness
 from gateway.uploads import Upload, UploadBody
-from headrace.model import FunctionView, Route, RouteView, RunPage, RunRef, RunState, RunView, SiteView
+from headrace.model import (
+    Audit,
+    DeadPage,
+    FunctionView,
+    Replaying,
+    Route,
+    RouteView,
+    RunPage,
+    RunRef,
+    RunState,
+    RunView,
+    SiteView,
+)
 
 Where = Literal["query", "header"]
+Flag = Literal["0", "1"]
 Limit = Annotated[int, Meta(ge=1, le=1000)]
 
 
@@ -133,7 +146,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "GET",
         "/v1/runs/{run_id}/result",
         "get_result",
-        "The answer with its own content type; 202 while there is none, 410 if the run failed or was canceled.",
+        "The answer with its own content type; 202 while there is none, 410 if the run failed, was canceled or "
+        "retracted. That of a superseded run comes with a Link to its successor.",
         {200: ANYTHING, 202: JSON},
     ),
     Endpoint(
@@ -151,6 +165,36 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "Stop a run; 409 if it has succeeded or failed already.",
         {202: JSON},
         params=(Param("reason", "query", str, "Why, for those who read the run."),),
+    ),
+    Endpoint(
+        "GET",
+        "/v1/dead",
+        "list_dead",
+        "Invocations that were given up on, newest first, with the error of every attempt.",
+        {200: DeadPage},
+        params=(
+            Param("function", "query", str, "Only those of this function."),
+            Param("route", "query", str, "Only those in runs of this route."),
+            Param("since", "query", str, "Only those given up on at or after this RFC 3339 instant."),
+            Param("all", "query", Flag, "1: those in runs that were replayed too."),
+            Param("limit", "query", Limit, "At most so many; 100 if not given."),
+            Param("cursor", "query", str, "`next` of the page before."),
+        ),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/dead/{id}/replay",
+        "replay",
+        "Give a dead invocation or a failed run another go, as a new run; 409 if it did not fail.",
+        {202: Replaying},
+        params=(Param("Idempotency-Key", "header", str, "The same one again is the same new run."),),
+    ),
+    Endpoint(
+        "GET",
+        "/v1/audit",
+        "get_audit",
+        "Whether every accepted run has ended or is on its way; 503 before the first audit.",
+        {200: Audit},
     ),
     Endpoint(
         "GET",

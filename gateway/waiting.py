@@ -49,7 +49,7 @@ class Seat:
     async def listen(self, run_id: str) -> None:
         """Begin to listen for the end of this run."""
         self._heard = await self._stack.enter_async_context(
-            self._log.live(done_subject(run_id, "*"), end_subject(run_id), cancel_subject(run_id), wanted=ends)
+            self._log.live(done_subject(run_id, "*"), end_subject(run_id), cancel_subject(run_id, "*"), wanted=ends)
         )
 
     async def view(self, run_id: str, wait_s: float, *, duplicate: bool) -> RunView | None:

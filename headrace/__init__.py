@@ -7,8 +7,9 @@ Rooms, by what they are for:
 
 - words: ``errors``, ``names``, ``clock``, ``model`` and ``wire`` (types), ``media`` (content types), ``filters``,
   ``events``;
-- declaring and running: ``sdk`` (``@function``, ``@on``), ``context`` (``ctx``), ``binding`` with ``data`` and
-  ``coroutines`` (payload to arguments), ``failures`` (what is told of an exception);
+- declaring and running: ``sdk`` (``@function``, ``@on``), ``revision`` (what a route says of revisions), ``context``
+  (``ctx``), ``binding`` with ``data`` and ``coroutines`` (payload to arguments), ``failures`` (what is told of an
+  exception);
 - the platform from Python: ``client`` and ``handle`` (coroutines), ``sync`` (the plain form), ``executor`` and
   ``futures``, over ``address``, ``transport``, ``sse``, ``following``, ``uploading``, ``answers`` and ``loopthread``;
 - code by value: ``packing`` and ``siblings`` on this side, ``loading`` on the other;

@@ -12,8 +12,10 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from headrace import groups
 from headrace.channel import Channel
 from headrace.runner import Runner
 from headrace.wire import ChildLimits, Fork
@@ -21,6 +23,7 @@ from headrace.wire import ChildLimits, Fork
 TELL_SIGNAL = signal.SIGRTMAX - 1  # leaves SIGUSR1 and SIGUSR2 to the user's code
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+OOM_SCORE_MORE = 500
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,6 +52,9 @@ def live(order: Fork, fds: Sequence[int], zygote: int) -> None:
     if os.getppid() != zygote:
         return  # it died before the line above; nobody would tell us
     adopt_orphans()
+    with suppress(OSError):  # without it, the worker's counting is what holds
+        if order.group:
+            groups.enter(order.group)
     _attach(out, err)
     for fd in (line, words):
         os.set_inheritable(fd, False)
@@ -58,7 +64,7 @@ def live(order: Fork, fds: Sequence[int], zygote: int) -> None:
     faulthandler.enable(file=words, all_threads=False)
     faulthandler.register(TELL_SIGNAL, file=words, all_threads=False)
     _reseed()
-    Runner(Channel(socket.socket(fileno=line)), order.limits, work).serve()
+    Runner(Channel(socket.socket(fileno=line)), order.limits, work, order.group).serve()
 
 
 def _prctl(option: int, value: int) -> None:
@@ -86,15 +92,25 @@ def _folders(scratch: Path) -> Path:
 
 
 def _limit(limits: ChildLimits) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if limits.memory_bytes_max is None:
-        return
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + limits.memory_bytes_max
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    """Have the kernel hold what it can hold; what no such limit can say is watched by the worker."""
+    _hold(resource.RLIMIT_CORE, 0)
+    _hold(resource.RLIMIT_FSIZE, limits.scratch_bytes_max)
+    if limits.user_tasks_max is not None:
+        _hold(resource.RLIMIT_NPROC, limits.user_tasks_max)
+    if limits.memory_bytes_max is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _hold(resource.RLIMIT_AS, pages * resource.getpagesize() + limits.memory_bytes_max)
+    with suppress(OSError):
+        # Should the machine run out of memory, a function has to go before the worker and the servers beside it.
+        adjusted = Path("/proc/self/oom_score_adj")
+        adjusted.write_text(str(min(1000, int(adjusted.read_text()) + OOM_SCORE_MORE)))
+
+
+def _hold(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(what, (most, most))
 
 
 def _reseed() -> None:

@@ -21,7 +21,8 @@ from rich.text import Text
 
 from headrace import render
 from headrace.errors import BadRequest, HeadraceError, RunFailed
-from headrace.model import FINAL, RunState, RunView
+from headrace.events import new_id
+from headrace.model import FINAL, Replaying, RunState, RunView
 from headrace.terminal import (
     GOOD,
     RUN_FAILED,
@@ -321,7 +322,62 @@ def cancel(run_id: str, /) -> None:
     print(f"{run_id} canceled")
 
 
+# ---------------------------------------------------------------- what was given up on
+
+
+@app.command
+def dead(
+    *,
+    function: Annotated[str | None, Parameter(help="Only those of this function.")] = None,
+    route: Annotated[str | None, Parameter(help="Only those in runs on this route.")] = None,
+    all: Annotated[  # noqa: A002 - the word that people try
+        bool, Parameter(negative="", help="Those in runs that were replayed too.")
+    ] = False,
+    limit: Annotated[int, Parameter(help="How many at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List invocations that were given up on, newest first."""
+    if limit < 1:
+        raise BadRequest(f"limit: {limit} is not possible", hint="Use 1 or more.")
+    with _client() as client:
+        views = client.dead(function=function, route=route, all=all, limit=limit)
+    if as_json:
+        return print_json({"dead": views})
+    render.console().print(render.dead_table(views) if views else Text("nothing was given up on"))
+    if views:
+        say(f"{len(views)} given up on", f"headrace replay {views[0].run_id} gives the first another go")
+    return None
+
+
+@app.command
+def replay(*ids: str, as_json: AsJson = False) -> int:
+    """Give dead invocations or failed runs another go, as new runs with the functions as they are now.
+
+    Args:
+        ids: of invocations as `headrace dead --json` has them, or of runs.
+    """
+    if not ids:
+        raise BadRequest("no id is given", hint="`headrace dead` lists what can be replayed.")
+    key = new_id()  # one for all: several branches of one run start it again once
+    worst, refs = GOOD, []
+    with _client(SEND_PATIENCE_S) as client:
+        for each in ids:
+            try:
+                run = client.replay(each, key=key)
+            except HeadraceError as error:
+                worst = max(worst, tell(error))
+                continue
+            refs.append(run.ref)
+            if not as_json and isinstance(run.ref, Replaying):
+                print(run.run_id, f"replays {render.clean(each)} from {_BEGINS[run.ref.from_]}")
+    if as_json:
+        print_json({"runs": refs})
+    return worst
+
+
 # ---------------------------------------------------------------- in and out
+
+_BEGINS = {"invocation": "the invocation that died", "start": "the start of its run"}
 
 
 def _client(patience_s: float | None = None) -> Client:
@@ -332,7 +388,9 @@ def _client(patience_s: float | None = None) -> Client:
 
 def _standing(view: RunView) -> int:
     """Return the exit code that tells how a run stands."""
-    return RUN_FAILED if view.state in ("failed", "canceled") or view.deadline_met is False else GOOD
+    if view.state in ("failed", "canceled") or view.retracted_by is not None:
+        return RUN_FAILED
+    return RUN_FAILED if view.deadline_met is False else GOOD
 
 
 if __name__ == "__main__":

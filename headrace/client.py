@@ -24,10 +24,14 @@ from headrace.following import read
 from headrace.handle import AsyncRun
 from headrace.model import (
     Code,
+    DeadPage,
+    DeadView,
     Event,
     EventFilter,
     FunctionOptions,
     FunctionView,
+    Replaying,
+    Revision,
     Route,
     RouteView,
     RunPage,
@@ -39,6 +43,7 @@ from headrace.model import (
 )
 from headrace.names import check_name
 from headrace.packing import Packed, pack, pack_file
+from headrace.revision import revision_of
 from headrace.sdk import declaration, function_name
 from headrace.transport import Answer, Transport
 from headrace.wire import JSON, Payload
@@ -152,6 +157,7 @@ class AsyncClient:
         deadline: str | None = None,
         on_late: Literal["continue", "cancel"] = "continue",
         max_in_flight: int | None = None,
+        revision: Revision | Mapping[str, Any] | None = None,
     ) -> RouteView:
         """Register a route to a registered function, with the meaning that ``headrace.on`` gives to each word.
 
@@ -166,6 +172,7 @@ class AsyncClient:
             deadline=deadline,
             on_late=on_late,
             max_in_flight=max_in_flight,
+            revision=revision_of(revision),
         )
         return await self.put_route(name, route)
 
@@ -293,8 +300,8 @@ class AsyncClient:
             since: only those accepted at or after this instant, as RFC 3339 text or a ``datetime`` with a time zone.
             limit: how many at most.
         """
-        instant = format_instant(since.timestamp()) if isinstance(since, datetime) else since
-        query = {k: str(v) for k, v in (("state", state), ("route", route), ("since", instant)) if v is not None}
+        given = {"state": state, "route": route, "since": _instant(since)}
+        query = {name: str(value) for name, value in given.items() if value is not None}
         found: list[AsyncRun] = []
         while len(found) < limit:
             query["limit"] = str(min(PAGE_RUNS_MAX, limit - len(found)))
@@ -304,6 +311,54 @@ class AsyncClient:
                 break
             query["cursor"] = page.next
         return found
+
+    async def dead(
+        self,
+        *,
+        function: str | None = None,
+        route: str | None = None,
+        since: str | datetime | None = None,
+        all: bool = False,  # noqa: A002 - called so everywhere else
+        limit: int = 100,
+    ) -> list[DeadView]:
+        """Return invocations that were given up on, newest first, each with the error of every attempt.
+
+        Args:
+            function: only those of this function.
+            route: only those in runs on this route.
+            since: only those given up on at or after this instant, as for ``runs``.
+            all: those in runs that were replayed too.
+            limit: how many at most.
+        """
+        given = {"function": function, "route": route, "since": _instant(since), "all": "1" if all else None}
+        query = {name: value for name, value in given.items() if value is not None}
+        found: list[DeadView] = []
+        while len(found) < limit:
+            query["limit"] = str(min(PAGE_RUNS_MAX, limit - len(found)))
+            page = read(await self._http.ask("GET", "/v1/dead", params=query), DeadPage)
+            found += page.dead
+            if page.next is None:
+                break
+            query["cursor"] = page.next
+        return found
+
+    async def replay(self, id: str, *, key: str | None = None) -> AsyncRun:  # noqa: A002 - of either kind
+        """Give a dead invocation, or a run that failed, another go: a new run, with the functions as they are now.
+
+        Its ``ref`` says where it begins: ``from_`` is "invocation", or "start" where a branch needs its siblings.
+
+        Args:
+            id: of an invocation or of a run.
+            key: the same key for the same id is the same new run. One is made if none is given.
+
+        Raises:
+            NotFound: there is nothing of this id.
+            Conflict: it did not fail, or what it was given is not kept any more.
+        """
+        headers = {"Idempotency-Key": _one_line(key or new_id(), "key")}
+        answer = await self._http.ask("POST", f"/v1/dead/{check_name(id, 'id')}/replay", headers=headers)
+        ref = read(answer, Replaying)
+        return AsyncRun(self, ref.run_id, ref=ref)
 
     async def cancel(self, run_id: str) -> None:
         """Stop a run: what waits is dropped, what runs is stopped. Canceling twice is one wish.
@@ -349,6 +404,10 @@ def _payload(data: Any, content_type: str | None) -> Payload:
         return to_payload(data)
     body = data.encode() if isinstance(data, str) else to_payload(data).body
     return Payload(type=content_type, body=body, size=len(body))
+
+
+def _instant(since: str | datetime | None) -> str | None:
+    return format_instant(since.timestamp()) if isinstance(since, datetime) else since
 
 
 def _deadline(deadline: str | float | datetime) -> str:

@@ -89,6 +89,7 @@ class Context:
         deadline: float | None,
         port: Port,
         clock: Callable[[], float] = time.time,
+        fan_out_max: int = FAN_OUT_MAX,
     ) -> None:
         self.run_id = run_id
         self.invocation_id = invocation_id
@@ -100,6 +101,7 @@ class Context:
         self.log.addHandler(_PortHandler(port))
         self._port = port
         self._clock = clock
+        self._fan_out_max = fan_out_max
 
     def time_left(self) -> float:
         """Return the seconds until the deadline of the run; infinite without one, negative when it has passed."""
@@ -127,13 +129,14 @@ class Context:
         With no payloads at all, ``then`` gets an empty list.
 
         Raises:
-            TooLarge: there are more than 10,000 payloads.
+            TooLarge: there are more payloads than the platform takes (10,000, unless it is set otherwise).
         """
         encoded: list[Payload] = []
         for item in payloads:
-            if len(encoded) == FAN_OUT_MAX:
+            if len(encoded) == self._fan_out_max:
                 raise TooLarge(
-                    f"map: more than {FAN_OUT_MAX:,} payloads", hint="Give each member a chunk of the work instead."
+                    f"map: more than {self._fan_out_max:,} payloads",
+                    hint="Give each member a chunk of the work instead.",
                 )
             encoded.append(to_payload(item))
         self._add(

@@ -11,10 +11,13 @@
     │   └── Unavailable       a part of the platform does not answer
     ├── PlatformUnreachable   no gateway answers at this address
     ├── RunFailed             the run ended without an answer
-    │   └── RunCanceled
+    │   ├── RunCanceled
+    │   └── RunRetracted      the event behind it was taken back, and its answer with it
     └── FunctionError         a user's function failed; ``kind`` says whose fault
         ├── LoadError         its code could not be loaded
         ├── UserError         its body raised, or was given data of the wrong type
+        ├── OutOfMemory       it needed more memory than it may take
+        ├── OverLimit         it took more processes, CPU time or scratch space than it may
         ├── TimeLimit         it ran longer than its ``timeout``
         └── ChildLost         its process died under it (signal, exit, out of memory)
 
@@ -130,6 +133,12 @@ class RunCanceled(RunFailed):
     title = "The run was canceled"
 
 
+class RunRetracted(RunFailed):
+    """The event that started the run was retracted by a later one; if there was an answer, it does not hold."""
+
+    title = "The run was retracted"
+
+
 class FunctionError(HeadraceError):
     """A user's function failed. ``kind`` travels in records; ``traceback`` holds the user's frames only."""
 
@@ -154,6 +163,21 @@ class UserError(FunctionError):
 
     kind = "user"
     transient = True
+
+
+class OutOfMemory(FunctionError):
+    """The function needed more memory than it may take."""
+
+    title = "The function ran out of memory"
+    kind = "memory"
+    transient = True
+
+
+class OverLimit(FunctionError):
+    """The function took more processes, CPU time or scratch space than it may; the message names the limit."""
+
+    title = "The function was stopped at a limit"
+    kind = "limit"
 
 
 class TimeLimit(FunctionError):

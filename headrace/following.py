@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headrace.errors import HeadraceError, PlatformUnreachable, RunCanceled, RunFailed
+from headrace.errors import HeadraceError, PlatformUnreachable, RunCanceled, RunFailed, RunRetracted
 from headrace.model import FINAL, RunView, StreamEvent
 from headrace.names import check_name
 from headrace.sse import messages
@@ -106,6 +106,10 @@ async def answer_now(http: Transport, run_id: str) -> Payload | None:
     if found.status == 202:
         return None
     if found.status == 410:
+        told = problem(found)
+        if isinstance(told, RunRetracted):  # how the run ended does not matter then
+            told.kind, told.run_id = "retracted", run_id
+            raise told
         raise failure(await _ended(http, run_id))
     if found.status >= 400:
         raise problem(found)

@@ -55,8 +55,8 @@ class AsyncRun:
         return f"<{type(self).__name__} {self.run_id} on {self.route or '?'}>"
 
     async def view(self) -> RunView:
-        """Return the run as it is now. What has ended stays as it is and is not asked for again."""
-        if self.seen is None or self.seen.state not in FINAL:
+        """Return the run as it is now. What has ended, and cannot be revised, stays so and is not asked for again."""
+        if self.seen is None or self.seen.state not in FINAL or self.seen.thread:
             self.seen = await self._platform.view(self.run_id)
         return self.seen
 

@@ -23,7 +23,7 @@ RUN_STATES: dict[RunState, str] = {
     "running": "At least one of its invocations has started.",
     "succeeded": "Every invocation ended well; the answer is there. Final.",
     "failed": "An invocation was given up on; `error` says why. Final.",
-    "canceled": "Somebody canceled it; late outcomes are ignored. Final.",
+    "canceled": "Somebody canceled it, or a later event took its place; late outcomes are ignored. Final.",
 }
 INVOCATION_STATES: dict[InvocationState, str] = {
     "queued": "In the log, waiting for a worker.",
@@ -62,6 +62,22 @@ class EventFilter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     subject: str | None = None
 
 
+class Revision(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a route tells that an event replaces an earlier one of the same source, or takes it back.
+
+    Either a ``preset`` that knows the notices of a network, or paths: an attribute of the event (``subject``) or a
+    place in its JSON data (``data.superevent_id``). Events of one source with the same ``key`` are one thread;
+    ``order`` (a number or an RFC 3339 instant, else the event's ``time``) says which of them is later, and one whose
+    ``kind`` is among ``retraction`` takes the whole thread back.
+    """
+
+    preset: Literal["gcn", "lvk", "voevent"] | None = None
+    key: str | None = None
+    kind: str | None = None
+    retraction: list[str] = []
+    order: str | None = None
+
+
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A rule from events to a function. Without a filter it is reached by its name only.
 
@@ -73,6 +89,7 @@ class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     deadline: str | None = None
     on_late: Literal["continue", "cancel"] = "continue"
     max_in_flight: int | None = None
+    revision: Revision | None = None
 
 
 class FunctionOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -151,7 +168,8 @@ class TimeLedger(Struct, frozen=True, kw_only=True):
 class ErrorInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why something failed.
 
-    ``kind`` is load, user, timeout, lost, deadline, expired, unreadable, map or canceled.
+    ``kind`` is load, user, memory, limit, timeout, lost, deadline, expired, unreadable, map, canceled, superseded,
+    retracted or thread.
     """
 
     kind: str
@@ -219,8 +237,19 @@ class JobView(Struct, frozen=True, kw_only=True):
     exit_code: int | None = None
 
 
+class ReplayView(Struct, frozen=True, kw_only=True):
+    """What a run gives another go: an invocation that was given up on, and the run that failed with it."""
+
+    run_id: str
+    invocation_id: str
+
+
 class RunView(Struct, frozen=True, kw_only=True):
-    """A run as ``GET /v1/runs/{id}`` shows it, with its first 1,000 invocations; ``invocations_total`` counts all."""
+    """A run as ``GET /v1/runs/{id}`` shows it, with its first 1,000 invocations; ``invocations_total`` counts all.
+
+    ``thread`` holds the keys by which its event can be revised. Then ``superseded_by`` is the run of the next revision,
+    and ``retracted_by`` the run of the event that took it back.
+    """
 
     run_id: str
     route: str
@@ -241,6 +270,11 @@ class RunView(Struct, frozen=True, kw_only=True):
     jobs: list[JobView]
     error: ErrorInfo | None
     links: Links
+    replay_of: ReplayView | None = None
+    replayed_as: str | None = None
+    thread: list[str] = []
+    superseded_by: str | None = None
+    retracted_by: str | None = None
 
 
 class RunPage(Struct, frozen=True, kw_only=True):
@@ -248,6 +282,73 @@ class RunPage(Struct, frozen=True, kw_only=True):
 
     runs: list[RunView]
     next: str | None
+
+
+class AttemptError(Struct, frozen=True, kw_only=True):
+    """How one attempt of an invocation failed, when, and on which worker."""
+
+    attempt: int
+    at: str
+    worker: str
+    error: ErrorInfo
+
+
+class DeadView(Struct, frozen=True, kw_only=True):
+    """An invocation that was given up on. ``errors`` tells each failed attempt; ``replayed_as`` the run of its replay.
+
+    ``attempts`` counts attempts that were lost with their worker too, which left no error behind.
+    """
+
+    invocation_id: str
+    run_id: str
+    route: str
+    function: str
+    version: str
+    attempts: int
+    at: str
+    error: ErrorInfo
+    errors: list[AttemptError]
+    replayed_as: str | None
+
+
+class DeadPage(Struct, frozen=True, kw_only=True):
+    """A page of dead invocations, newest first; ``next`` is the cursor of the next page, None at the end."""
+
+    dead: list[DeadView]
+    next: str | None
+
+
+class Replaying(RunRef, frozen=True, kw_only=True):
+    """The promise given for a replay: the new run, what it replays, and from where.
+
+    ``invocation``: the dead invocation runs again, with what it was given. ``start``: the whole run does, because the
+    dead one was a branch whose siblings are needed for what follows.
+    """
+
+    replay_of: ReplayView
+    from_: Literal["invocation", "start"] = msgspec.field(name="from")
+
+
+class Audit(Struct, frozen=True, kw_only=True):
+    """What the auditor found at the instant ``at``: every accepted run has ended, or is on its way.
+
+    ``accepted`` and ``ended`` count the runs of which the log has the beginning, ``running`` those that have not ended
+    and wait for a worker or are with one; ``difference`` is accepted - ended - running and has to be 0. It is made of
+    runs that are ``lost`` (work was acknowledged and has no outcome), ``stuck`` (all work has outcomes and the run no
+    end) or ``missed`` (ended in the log, open in the read model); the lists name the first ones.
+    """
+
+    at: str
+    accepted: int
+    ended: int
+    running: int
+    difference: int
+    lost: int = 0
+    stuck: int = 0
+    missed: int = 0
+    lost_runs: list[str] = []
+    stuck_runs: list[str] = []
+    missed_runs: list[str] = []
 
 
 class SiteView(Struct, frozen=True, kw_only=True):

@@ -56,6 +56,11 @@ def run_id(tenant: str, source: str, event_id: str, route: str) -> str:
     return "r" + _digest(tenant, source, event_id, route, size=16)[:25]
 
 
+def thread_id(tenant: str, route: str, source: str, key: str) -> str:
+    """Derive the id of the thread of events that share a source and a key on a route: 26 characters, 128 bits."""
+    return "t" + _digest(tenant, route, source, key, size=16)[:25]
+
+
 def invocation_id(parent: str, position: int | str) -> str:
     """Derive the id of the invocation that ``parent`` (an invocation or a run) starts there: 16 characters."""
     return _digest(parent, str(position), size=10)

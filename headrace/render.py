@@ -22,6 +22,7 @@ from rich.text import Text
 from headrace.clock import parse_instant
 from headrace.model import (
     FINAL,
+    DeadView,
     FunctionView,
     InvocationView,
     RouteView,
@@ -40,6 +41,7 @@ _STYLES = {
     "dead": "red",
     "down": "red",
     "missed": "red",
+    "retracted": "red",
     "canceled": "yellow",
     "degraded": "yellow",
 }
@@ -97,7 +99,7 @@ def runs_table(views: Iterable[RunView], now: float | None = None) -> Table:
         table.add_row(
             _id(view.run_id),
             _text(view.route),
-            _state(view.state),
+            _state(view.state if view.retracted_by is None else "retracted"),
             _text(_moment(view.accepted_at)),
             _text(seconds(view.time_to_solution_s)),
             _deadline(view, time.time() if now is None else now),
@@ -121,6 +123,16 @@ def run_table(view: RunView, now: float | None = None) -> Table:
         ("answer after", _text(seconds(view.time_to_solution_s))),
         ("time went to", _text(spent)),
     ]
+    if view.thread:
+        facts.insert(3, ("thread", _text(one_line(", ".join(view.thread), 300))))
+    if view.superseded_by is not None:
+        facts.append(("superseded by", _text(view.superseded_by)))
+    if view.retracted_by is not None:
+        facts.append(("retracted by", Text(clean(view.retracted_by), "red")))
+    if view.replay_of is not None:
+        facts.append(("replay of", _text(view.replay_of.run_id)))
+    if view.replayed_as is not None:
+        facts.append(("replayed as", _text(view.replayed_as)))
     if view.error is not None:
         facts.append(("error", Text(f"{clean(view.error.kind)}: {clean(view.error.message)}", "red")))
     for name, value in facts:
@@ -145,6 +157,22 @@ def invocations_table(invocations: Iterable[InvocationView]) -> Table:
             _text(seconds(took)),
             _text(each.worker or ""),
             _text(one_line(each.error.message, 100) if each.error else ""),
+        )
+    return table
+
+
+def dead_table(views: Iterable[DeadView]) -> Table:
+    """Return invocations that were given up on, one per line."""
+    table = _table("when", "function", "run", ">tries", "error", "replayed as")
+    for view in views:
+        error = f"{view.error.kind}: {view.error.message.strip().partition(chr(10))[0]}"
+        table.add_row(
+            _id(_moment(view.at)),
+            _text(view.function),
+            _id(view.run_id),
+            _text(view.attempts),
+            Text(one_line(error, 120), "red"),
+            _id(view.replayed_as or ""),
         )
     return table
 

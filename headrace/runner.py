@@ -6,6 +6,7 @@ by a fresh one whenever it asks to be, or dies.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from headrace import groups
 from headrace.binding import Binding
 from headrace.capture import Capture
 from headrace.channel import Channel, HungUp
@@ -137,10 +139,11 @@ class _Port:
 class Runner:
     """Runs invocations one after another until the worker hangs up."""
 
-    def __init__(self, channel: Channel, limits: ChildLimits, scratch: Path) -> None:
+    def __init__(self, channel: Channel, limits: ChildLimits, scratch: Path, group: str = "") -> None:
         self._channel = channel
         self._limits = limits
         self._scratch = scratch
+        self._group = group
         self._process = os.getpid()
         self._capture = Capture(self._printed)
         self._port = _Port(channel, limits, self._capture.flush)
@@ -211,6 +214,7 @@ class Runner:
                 attempt=invoke.attempt,
                 deadline=invoke.deadline,
                 port=self._port,
+                fan_out_max=self._limits.fan_out_max,
             )
         result = version.binding.invoke(type=invoke.type, body=invoke.body, event=invoke.event, context=context)
         return Returned(
@@ -244,13 +248,24 @@ class Runner:
         info = told(error)
         if isinstance(error, MemoryError):
             most = self._limits.memory_bytes_max
-            limit = f"; its limit is {size_text(most)}" if most else ""
+            limit = f"; its limit is {size_text(most)}, set by HEADRACE_CHILD_BYTES_MAX" if most else ""
             info = ErrorInfo(
-                kind="user", message=f"ran out of memory{limit} ({info.message})", traceback=info.traceback
+                kind="memory", message=f"ran out of memory{limit} ({info.message})", traceback=info.traceback
             )
+        elif limit := self._limit_behind(error):
+            info = msgspec.structs.replace(info, message=f"{info.message}; {limit}")
         return Raised(
             error=info, transient=worth_another_try(error), started_at=started_at, ended_at=time.time(), leave=leave
         )
+
+    def _limit_behind(self, error: BaseException) -> str:
+        """Return which of our limits the kernel may have meant by this error, and the setting; empty if none."""
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            return f"the limit of one file is {size_text(self._limits.scratch_bytes_max)} (HEADRACE_SCRATCH_BYTES_MAX)"
+        no_more = isinstance(error, OSError) and error.errno == errno.EAGAIN
+        if (no_more or isinstance(error, RuntimeError)) and self._group and groups.refused(self._group):
+            return f"the limit is {self._limits.tasks_max:,} processes and threads (HEADRACE_CHILD_TASKS_MAX)"
+        return ""
 
     # ------------------------------------------------------------ between two invocations
 

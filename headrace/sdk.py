@@ -5,14 +5,17 @@ Both leave the function as it is, so that it can still be called and tested like
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, overload
 
+from msgspec import structs
+
 from headrace.clock import parse_duration
 from headrace.errors import BadRequest
-from headrace.model import EventFilter, FunctionOptions, Route
+from headrace.model import EventFilter, FunctionOptions, Revision, Route
 from headrace.names import check_name
+from headrace.revision import revision_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,7 +94,7 @@ def function(
             made.name = name
         check_name(made.name, "function name")
         made.options = FunctionOptions(timeout=timeout, retries=retries)
-        made.routes = {k: _to(r, made.name) for k, r in made.routes.items()}
+        made.routes = {k: structs.replace(r, function=made.name) for k, r in made.routes.items()}
         return target
 
     return mark if fn is None else mark(fn)
@@ -106,6 +109,7 @@ def on(
     deadline: str | None = None,
     on_late: Literal["continue", "cancel"] = "continue",
     max_in_flight: int | None = None,
+    revision: Revision | Mapping[str, Any] | None = None,
 ) -> Callable[[F], F]:
     """Declare a route to the function below: which events start it, and by when its answer must be there.
 
@@ -120,7 +124,10 @@ def on(
         deadline: how long after acceptance the answer is due, such as "60s".
         on_late: what happens to a run whose deadline has passed: it goes on, or is canceled.
         max_in_flight: how many runs of this route may be open at once; more are refused with 429.
+        revision: how an event tells that it replaces an earlier one or takes it back: ``{"preset": "lvk"}`` (or gcn,
+            voevent), or ``{"key": "data.id", "kind": "data.kind", "retraction": ["withdrawn"], "order": "data.n"}``.
     """
+    revises = revision_of(revision)
     if deadline is not None:
         parse_duration(deadline, "deadline")
     chosen = EventFilter(type=type, source=source, subject=subject) if type or source or subject else None
@@ -133,20 +140,15 @@ def on(
                 f"the route {route_name} is declared twice on {made.name}", hint='Give each @on its own name="...".'
             )
         made.routes[route_name] = Route(
-            function=made.name, filter=chosen, deadline=deadline, on_late=on_late, max_in_flight=max_in_flight
+            function=made.name,
+            filter=chosen,
+            deadline=deadline,
+            on_late=on_late,
+            max_in_flight=max_in_flight,
+            revision=revises,
         )
         if made.options is None:
             made.options = FunctionOptions()
         return target
 
     return mark
-
-
-def _to(route: Route, name: str) -> Route:
-    return Route(
-        function=name,
-        filter=route.filter,
-        deadline=route.deadline,
-        on_late=route.on_late,
-        max_in_flight=route.max_in_flight,
-    )

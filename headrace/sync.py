@@ -13,9 +13,11 @@ from headrace.client import PATIENCE_S, AsyncClient
 from headrace.handle import AsyncRun
 from headrace.loopthread import LoopThread
 from headrace.model import (
+    DeadView,
     Event,
     FunctionView,
     Quote,
+    Revision,
     RouteView,
     RunRef,
     RunState,
@@ -189,6 +191,7 @@ class Client:
         deadline: str | None = None,
         on_late: Literal["continue", "cancel"] = "continue",
         max_in_flight: int | None = None,
+        revision: Revision | Mapping[str, Any] | None = None,
     ) -> RouteView:
         """Register a route to a registered function, with the meaning that ``headrace.on`` gives to each word.
 
@@ -206,6 +209,7 @@ class Client:
             deadline=deadline,
             on_late=on_late,
             max_in_flight=max_in_flight,
+            revision=revision,
         )
 
     def functions(self) -> list[FunctionView]:
@@ -285,6 +289,42 @@ class Client:
         """
         found = self._loop.call(self._inner.runs, state=state, route=route, since=since, limit=limit)
         return [Run(each, self._loop) for each in found]
+
+    def dead(
+        self,
+        *,
+        function: str | None = None,
+        route: str | None = None,
+        since: str | datetime | None = None,
+        all: bool = False,  # noqa: A002 - called so everywhere else
+        limit: int = 100,
+    ) -> list[DeadView]:
+        """Return invocations that were given up on, newest first, each with the error of every attempt.
+
+        Args:
+            function: only those of this function.
+            route: only those in runs on this route.
+            since: only those given up on at or after this instant, as for ``runs``.
+            all: those in runs that were replayed too.
+            limit: how many at most.
+        """
+        options: dict[str, Any] = {"function": function, "route": route, "since": since, "all": all, "limit": limit}
+        return self._loop.call(self._inner.dead, **options)
+
+    def replay(self, id: str, *, key: str | None = None) -> Run:  # noqa: A002 - of either kind
+        """Give a dead invocation, or a run that failed, another go: a new run, with the functions as they are now.
+
+        Its ``ref`` says where it begins: ``from_`` is "invocation", or "start" where a branch needs its siblings.
+
+        Args:
+            id: of an invocation or of a run.
+            key: the same key for the same id is the same new run. One is made if none is given.
+
+        Raises:
+            NotFound: there is nothing of this id.
+            Conflict: it did not fail, or what it was given is not kept any more.
+        """
+        return Run(self._loop.call(self._inner.replay, id, key=key), self._loop)
 
     def cancel(self, run_id: str) -> None:
         """Stop a run: what waits is dropped, what runs is stopped. Canceling twice is one wish.

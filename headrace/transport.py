@@ -26,6 +26,7 @@ from headrace.errors import (
     Overloaded,
     PlatformUnreachable,
     RunFailed,
+    RunRetracted,
     TooLarge,
     Unauthorized,
     Unavailable,
@@ -54,7 +55,11 @@ _ERRORS: dict[int, type[HeadraceError]] = {
     503: Unavailable,
     504: Unavailable,
 }
-_SLUGS: dict[str, type[HeadraceError]] = {"bad-name": BadName, "unknown-function": BadRequest}
+_SLUGS: dict[str, type[HeadraceError]] = {
+    "bad-name": BadName,
+    "unknown-function": BadRequest,
+    "run-retracted": RunRetracted,
+}
 _BUSY = frozenset({429, 502, 503, 504})
 _LOST = (aiohttp.ClientError, TimeoutError, OSError)
 

@@ -6,7 +6,7 @@ and unknown ones are skipped, so that processes of two releases can share a log.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -29,6 +29,7 @@ ITEMS = "application/vnd.headrace.items+msgpack"
 GATHER = "application/vnd.headrace.gather+msgpack"
 SPREAD = "application/vnd.headrace.spread+msgpack"
 SPREADER = "headrace.spread"  # a function of the platform: the dot keeps it apart from every name of a user
+RETRACTER = "headrace.retract"
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
@@ -82,6 +83,7 @@ class Emit(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kin
 
     type: str
     payload: Payload
+    subject: str | None = None
 
 
 Effect = Call | Map | Emit
@@ -108,6 +110,7 @@ class Slot(Struct, frozen=True, kw_only=True, omit_defaults=True):
     A follow-up takes over the slot of its parent, so a slot is full when the whole chain in it has ended. When all
     slots of a scope are full, ``then`` starts in the slot around the scope; without ``then`` that slot is full too.
     An invocation without a slot fills its whole run: when it ends without a follow-up, the run ends.
+    ``depth``, ``breadth`` and ``on_late`` are those of the invocation that opened the scope, and of its ``then``.
     """
 
     scope: str
@@ -117,10 +120,35 @@ class Slot(Struct, frozen=True, kw_only=True, omit_defaults=True):
     then_version: str = ""
     parent: Slot | None = None
     opened_by: str = ""
+    on_late: str = "continue"
+    depth: int = 0
+    breadth: int = 1
+
+
+class Replayed(Struct, frozen=True, kw_only=True):
+    """What a run gives another go: an invocation that was given up on, and the run that failed with it."""
+
+    run_id: str
+    invocation_id: str
+
+
+# Where an event stands in a thread: its level (0 plain, 1 replaces, 2 retracts), its order, its instant, its id.
+Rank = tuple[int, float, float, str]
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """A thread that the event of a run belongs to, by id and by the key that its sender knows, and its rank in it."""
+
+    thread: str
+    key: str
+    rank: Rank
 
 
 class Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Work: one call of one function, waiting in a lane. The first of a run is also the record of its acceptance."""
+    """Work: one call of one function, waiting in a lane. The first of a run is also the record of its acceptance.
+
+    ``depth`` is how many led to it; ``breadth`` how many of its kind there are if all branched as those did.
+    """
 
     run_id: str
     invocation_id: str
@@ -139,8 +167,11 @@ class Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     slot: Slot | None = None
     spent: TimeLedger = TimeLedger()
     depth: int = 0
+    breadth: int = 1
     not_before: float = 0.0
     on_late: str = "continue"
+    replays: Replayed | None = None
+    places: list[Place] = []
 
 
 class Spread(Struct, frozen=True, kw_only=True):
@@ -267,12 +298,41 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
 
 
+class Member(Struct, frozen=True, kw_only=True):
+    """The event of this run belongs to a thread; of all members the one with the highest rank is the current one."""
+
+    run_id: str
+    rank: Rank
+    at: float
+
+
+class Mark(Struct, frozen=True, kw_only=True):
+    """Which run overruled another one, with what rank: ``superseded`` by the next in rank, or ``retracted``."""
+
+    kind: Literal["superseded", "retracted"]
+    run_id: str
+    rank: Rank
+
+
 class Cancel(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Somebody wants this run to stop. It ends here; whatever comes later is ignored."""
+    """Nobody needs this run any more. It ends here, if it has not ended; whatever comes later is ignored.
+
+    Somebody said so, or a later event of its thread: then ``by`` marks the run, also one that has ended.
+    """
 
     run_id: str
     at: float
     reason: str = ""
+    by: Mark | None = None
+
+
+class Replay(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A run that had failed was given another go by the run ``by``. It stays failed: what is final is final."""
+
+    run_id: str
+    invocation_id: str
+    by: str
+    at: float
 
 
 # ---------------------------------------------------------------- tables
@@ -376,6 +436,13 @@ class ChildLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``memory_bytes_max`` is address space on top of what the child is born with. ``growth_bytes_max`` is how much its
     resident memory may grow between invocations before it is replaced; what the first invocation of a version brings
     in counts as its due. ``result_bytes_max`` holds for result, answer and effects together.
+
+    For one invocation: ``tasks_max`` is processes and threads at a time, the child's own included; ``cpu_max_s`` is
+    CPU seconds of all of them together; ``scratch_bytes_max`` and ``scratch_files_max`` bound what is in the child's
+    folder, and the first also each single file written anywhere; ``fan_out_max`` is the members of one map.
+
+    ``user_tasks_max`` is a ceiling for all processes and threads of the worker's user, where there are no control
+    groups to hold each child to its own.
     """
 
     memory_bytes_max: int | None = None
@@ -385,14 +452,24 @@ class ChildLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
     result_bytes_max: int = 16 * 1024 * 1024
     output_bytes_max: int = 1024 * 1024
     output_lines_max: int = 10_000
+    tasks_max: int = 512
+    cpu_max_s: float = 86400.0
+    scratch_bytes_max: int = 16 * 1024**3
+    scratch_files_max: int = 100_000
+    fan_out_max: int = 10_000
+    user_tasks_max: int | None = None
 
 
-class Fork(Struct, frozen=True, kw_only=True, tag="fork"):
-    """To the zygote: make a child. Its descriptors come along: line to the worker, stdout, stderr, last words."""
+class Fork(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="fork"):
+    """To the zygote: make a child. Its descriptors come along: line to the worker, stdout, stderr, last words.
+
+    ``group`` is the folder of the control group that holds it; empty where there is none.
+    """
 
     child: int
     scratch: str
     limits: ChildLimits
+    group: str = ""
 
 
 class Kill(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="kill"):
@@ -408,6 +485,13 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     pid: int
 
 
+class Born(Struct, frozen=True, kw_only=True, tag="born"):
+    """From the zygote: a child was made, under this process id."""
+
+    child: int
+    pid: int
+
+
 class Died(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="died"):
     """From the zygote: a child is gone; ``status`` is its wait status, None where it could not be made."""
 
@@ -417,4 +501,4 @@ class Died(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="died"):
 
 
 ToZygote = Fork | Kill
-FromZygote = Ready | Died
+FromZygote = Ready | Born | Died

@@ -16,16 +16,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import msgspec
 
+from headrace import groups
 from headrace.birth import TELL_SIGNAL, adopt_orphans, die_with_parent, live
-from headrace.wire import Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
+from headrace.family import children_of
+from headrace.wire import Born, Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
 
 MESSAGE_BYTES_MAX = 64 * 1024
 FORK_FDS = 4  # the line, stdout, stderr, last words
@@ -44,6 +45,7 @@ class Zygote:
         self._parent = os.getppid()
         self._pids: dict[int, int] = {}  # by number of the child
         self._numbers: dict[int, int] = {}  # by process id
+        self._groups: dict[int, str] = {}  # by process id, of those that have one
         self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._woken, select.POLLIN)
@@ -100,6 +102,9 @@ class Zygote:
                 self._become(order, fds)
             self._pids[order.child] = pid
             self._numbers[pid] = order.child
+            if order.group:
+                self._groups[pid] = order.group
+            self._tell(Born(child=order.child, pid=pid))
         finally:
             for fd in fds:
                 os.close(fd)
@@ -129,7 +134,7 @@ class Zygote:
         if order.tell:
             os.kill(pid, TELL_SIGNAL)
         else:
-            _kill_group(pid)
+            self._end_with_all(pid)
 
     def _reap(self) -> None:
         """Report the children that ended, and end what they have left behind."""
@@ -143,15 +148,25 @@ class Zygote:
             number = self._numbers.pop(ended.si_pid, None)
             if number is not None:
                 # Before it is reaped: until then its id, and so that of its group, is not given to anybody else.
-                _kill_group(ended.si_pid)
+                self._end_with_all(ended.si_pid)
             _, status = os.waitpid(ended.si_pid, 0)
             if number is not None:
                 del self._pids[number]
+                self._groups.pop(ended.si_pid, None)
                 self._tell(Died(child=number, status=status))
         self._end_orphans()
 
+    def _end_with_all(self, pid: int) -> None:
+        """End a child, its process group, and its control group where it has one."""
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # there is no group yet in the first moment of a child
+            os.killpg(pid, signal.SIGKILL)
+        if pid in self._groups:
+            groups.end(self._groups[pid])
+
     def _end_orphans(self) -> None:
-        for pid in _children_of(self._pid):
+        for pid in children_of(self._pid):
             if pid not in self._numbers:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -160,11 +175,11 @@ class Zygote:
         """End all children and what they left, and wait until the last is gone."""
         self._poll.unregister(self._control)
         for pid in self._numbers:
-            _kill_group(pid)
+            self._end_with_all(pid)
         give_up_at = time.monotonic() + CLEANUP_S
         while time.monotonic() < give_up_at:
             self._reap()
-            if next(_children_of(self._pid), None) is None:
+            if next(children_of(self._pid), None) is None:
                 return
             self._poll.poll(CLEANUP_STEP_MS)
             with suppress(BlockingIOError):
@@ -173,33 +188,6 @@ class Zygote:
 
 def _only_wake(number: int, frame: FrameType | None) -> None:
     """Do nothing: the signal's number arrives on the wake-up descriptor."""
-
-
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):  # there is no group yet in the first moment of a child
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _children_of(pid: int) -> Iterator[int]:
-    """Yield the process ids of all children, those of strangers that were adopted included."""
-    try:
-        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except FileNotFoundError:  # a kernel built without this file
-        yield from _scan(pid)
-        return
-    yield from map(int, listed.split())
-
-
-def _scan(parent: int) -> Iterator[int]:
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with suppress(OSError):
-                # The name of the program, in parentheses, may hold anything; the parent is the second field after it.
-                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == parent:
-                    yield int(entry.name)
 
 
 def preload(modules: Sequence[str]) -> None:

@@ -25,12 +25,16 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from headrace import groups
+from headrace.clock import parse_instant
 from headrace.errors import HeadraceError
+from headrace.model import Audit
 from infra.embedded import monitor
 from infra.programs import nats_program, redis_program
 from infra.settings import MIB, Settings
 from infra.staging import FREE_BYTES_MIN, SHARED_MEMORY
 from infra.up import Servers
+from workers.watch import LOOK_S
 
 PYTHON_MIN = (3, 11)
 NATS_MIN = (2, 15)
@@ -41,6 +45,7 @@ SYNC_TRIES = 20
 SYNC_SLOW_S = 0.02
 CLOCK_OFF_MAX_S = 1.0
 ANSWER_S = 3.0
+AUDIT_ROUNDS_MISSED_MAX = 6
 
 
 class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -140,9 +145,23 @@ async def _program(check: str, find: Callable[[], Path], option: str, least: tup
 
 async def _process_limits(settings: Settings) -> Iterable[Finding]:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _ok("open files", "no limit" if soft == resource.RLIM_INFINITY else f"{soft} at most")
     if soft != resource.RLIM_INFINITY and soft < FILES_MIN:
-        return [_warning("open files", f"{soft} at most", f"ulimit -n {4 * FILES_MIN} before `headrace up`")]
-    return [_ok("open files", "no limit" if soft == resource.RLIM_INFINITY else f"{soft} at most")]
+        files = _warning("open files", f"{soft} at most", f"ulimit -n {4 * FILES_MIN} before `headrace up`")
+    return [files, await _tasks(settings)]
+
+
+async def _tasks(settings: Settings) -> Finding:
+    """Say what holds a function to its number of processes, should one start them without end."""
+    most = f"{settings.child_tasks_max:,} processes and threads"
+    base = await asyncio.to_thread(groups.find)
+    if base is not None:
+        return _ok("processes", f"the kernel holds each function to {most}, by control groups in {base}")
+    return _warning(
+        "processes",
+        f"a worker counts every {LOOK_S:g} s and ends a function that has more than {most}",
+        "For the kernel to refuse them: run it as a service of systemd with Delegate=pids and DelegateSubgroup=main.",
+    )
 
 
 async def _port(settings: Settings) -> Iterable[Finding]:
@@ -247,6 +266,46 @@ async def _gateway(settings: Settings) -> Iterable[Finding]:
     return [_ok("platform", f"{url} takes triggers")]
 
 
+async def _audit(settings: Settings) -> Iterable[Finding]:
+    url = _read_url(settings)
+    if not url:
+        return []
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S)) as session,
+            session.get(f"{url}/v1/audit", headers={"Authorization": f"Bearer {settings.token()}"}) as response,
+        ):
+            said = await response.read()
+        found = msgspec.json.decode(said, type=Audit) if response.status == 200 else None
+    except (aiohttp.ClientError, TimeoutError, ValueError, HeadraceError):
+        found = None
+    if found is None:
+        return [
+            _warning("runs", "nobody audited them yet", "Wait a moment; if it stays so, look into logs/ledger.log.")
+        ]
+    counts = f"{found.accepted:,} accepted, {found.ended:,} ended, {found.running:,} on their way ({found.at})"
+    age_s = time.time() - parse_instant(found.at)
+    if age_s > AUDIT_ROUNDS_MISSED_MAX * settings.audit_every_s:
+        return [_warning("runs", f"{counts}: last audited {age_s:.0f} s ago", "Is a `headrace ledger` running?")]
+    if found.difference == 0:
+        return [_ok("runs", counts)]
+    named = [*found.lost_runs, *found.stuck_runs, *found.missed_runs]
+    detail = f"{counts}; lost {found.lost}, stuck {found.stuck}, missed {found.missed}: {', '.join(named)}"
+    return [_failed("runs", detail, _cure_of(found))]
+
+
+def _cure_of(found: Audit) -> str:
+    """Say what to do about runs that will not end by themselves."""
+    if found.lost or found.stuck:
+        return (
+            "`headrace run ID` shows how far each came; `headrace cancel ID` ends it, and its event sent again with an "
+            "id of its own makes a new run. Please report it: this must not happen."
+        )
+    if found.missed:
+        return "Empty the database of the read model (FLUSHDB): it is built anew from the log."
+    return "Empty the database of the read model (FLUSHDB): its counts do not add up, and are made anew from the log."
+
+
 async def _log(settings: Settings) -> Iterable[Finding]:
     address = settings.nats_monitor_url
     with contextlib.suppress(OSError, msgspec.ValidationError, msgspec.DecodeError):
@@ -315,5 +374,6 @@ CHECKS: tuple[Check, ...] = (
     _memory,
     _rights,
     _gateway,
+    _audit,
     _log,
 )

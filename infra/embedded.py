@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import signal
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from infra.credentials import new_secret, private_folder, write_private
 from infra.logfile import LogFile
+from infra.mending import mend
 from infra.probe import ask, http_get
 from infra.process import Child, NotStarted
 from infra.programs import nats_program, redis_program
@@ -23,6 +30,8 @@ from infra.rights import ACCOUNT, RIGHTS, SYSTEM, accounts
 from infra.settings import GIB, MIB
 from infra.staging import Staging
 from streams.topology import STREAM
+
+_log = structlog.get_logger(__name__)
 
 LOOPBACK = "127.0.0.1"
 PAYLOAD_BYTES_MAX = 8 * MIB
@@ -37,6 +46,10 @@ BATCH_MESSAGES_MAX = 1000
 BATCH_TIMEOUT = "5s"
 PORT_TRIES = 3
 STAGING_LOOK_S = 1.0
+FULL_DISK_LOOK_S = 1.0
+FULL_DISK_PATIENCE_S = 5.0
+FREE_AGAIN_BYTES_MIN = 8 * MIB
+NO_SPACE = b"no space left on device"
 
 
 def free_port() -> int:
@@ -78,6 +91,7 @@ class NatsServer:
         self._child: Child | None = None
         self._staging = Staging(str(self.data))
         self._staging_kept: asyncio.Task[None] | None = None
+        self._disk_watched: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -122,6 +136,7 @@ class NatsServer:
             private_folder(folder)
         for role, password in self._passwords.items():
             write_private(self.password_file(role), password + "\n")
+        mend(self.stream_dir())
         for attempt in range(1, PORT_TRIES + 1):
             self.port, self.monitor_port = free_port(), free_port()
             config = self.run / "nats.json"
@@ -142,6 +157,7 @@ class NatsServer:
                     continue  # somebody took the port between our look and the server's
                 raise
             self._child = child
+            self._disk_watched = asyncio.create_task(self._watch_disk(), name="watch-disk")
             return
 
     async def stage_in_memory(self) -> bool:
@@ -153,10 +169,11 @@ class NatsServer:
 
     async def stop(self) -> None:
         """End it and return once it is gone."""
-        if self._staging_kept is not None:
-            self._staging_kept.cancel()
-            await asyncio.gather(self._staging_kept, return_exceptions=True)
-            self._staging_kept = None
+        for task in (self._staging_kept, self._disk_watched):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._staging_kept = self._disk_watched = None
         if self._child is not None:
             await self._child.stop()
         self._staging.remove()
@@ -171,6 +188,23 @@ class NatsServer:
             await asyncio.sleep(STAGING_LOOK_S)
             if not self._staging.is_linked(self.stream_dir()):
                 await self.stage_in_memory()
+
+    async def _watch_disk(self) -> None:
+        """Start the server again when its disk was full and has room again: by itself it never writes again."""
+        log = self.data / "logs" / "nats.log"
+        read = _size(log)
+        while True:
+            await asyncio.sleep(FULL_DISK_LOOK_S)
+            if shutil.disk_usage(self.store).free < FREE_AGAIN_BYTES_MIN:
+                continue  # what it says of a full disk, it cannot write down either; it says so at the next write
+            size = _size(log)
+            said = _read_from(log, read if size >= read else 0)
+            read = size
+            if NO_SPACE in said and self.pid is not None:
+                _log.warning("nats-server is started again: its disk was full, and has room again")
+                os.kill(self.pid, signal.SIGTERM)
+                await asyncio.sleep(FULL_DISK_PATIENCE_S)
+                read = _size(log)
 
     async def _answers(self) -> bool:
         return (await http_get(LOOPBACK, self.monitor_port, "/healthz"))[0] == 200
@@ -201,6 +235,18 @@ class NatsServer:
             "accounts": accounts(self._passwords),
             "system_account": "SYS",
         }
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_from(path: Path, offset: int) -> bytes:
+    """Return what was written to a log since, at most its last 64 KiB."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(offset, _size(path) - 65536))
+        return file.read()
+    return b""
 
 
 class RedisServer:

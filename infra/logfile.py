@@ -37,8 +37,8 @@ class LogFile:
             shutil.copyfile(self.path, self.older)
             self.older.chmod(0o600)
             os.truncate(self.path, 0)
-        except FileNotFoundError:
-            return
+        except OSError:
+            return  # it is not there, or its disk is full; what watches over the process must not fail over this
         self._from = 0
 
     def tail(self, lines: int = 12, chars_max: int = 3000) -> str:

@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1
 READY_STEP_S = 0.015
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 5.0
-STEADY_S = 30.0  # a process that was up this long starts its back-off anew
+STEADY_S = 2.0  # one that served this long did not fail to start: its back-off begins anew
 TRIM_EVERY_S = 10.0
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -38,8 +38,8 @@ class NotStarted(HeadraceError):
     title = "A server did not start"
 
 
-def _tie_to(parent: int) -> Callable[[], None]:
-    """Return what the new process does before it becomes the server: ask to die with its parent."""
+def tie_to(parent: int) -> Callable[[], None]:
+    """Return what a new process does before it becomes its program: ask to die with its parent."""
 
     def tie() -> None:
         if _libc is not None:
@@ -136,7 +136,7 @@ class Child:
                 env=None if self._env is None else dict(self._env),
                 pass_fds=self._keep_fds,
                 start_new_session=True,
-                preexec_fn=_tie_to(os.getpid()),
+                preexec_fn=tie_to(os.getpid()),
             )
         except OSError as error:
             raise NotStarted(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from streams.topology import BUCKETS, STREAM
+from streams.topology import BUCKETS, LANES, STREAM, lane_consumer
 
 ACCOUNT = "HEADRACE"
 ADMIN = "admin"
@@ -31,6 +31,7 @@ _TABLES = tuple(f"KV_{bucket}" for bucket in BUCKETS)
 _READ_LOG = (
     "$JS.API.INFO",
     f"$JS.API.STREAM.INFO.{STREAM}",
+    f"$JS.API.STREAM.MSG.GET.{STREAM}",
     f"$JS.API.DIRECT.GET.{STREAM}",
     f"$JS.API.DIRECT.GET.{STREAM}.>",
     f"$JS.API.CONSUMER.CREATE.{STREAM}.>",
@@ -51,13 +52,23 @@ _READ_TABLES = tuple(
         f"$JS.FC.{table}.>",
     )
 )
+_LOOK_AT_LANES = tuple(f"$JS.API.CONSUMER.INFO.{STREAM}.{lane_consumer(lane)}" for lane in range(LANES))
 _WRITE_TABLES = tuple(f"$KV.{bucket}.>" for bucket in BUCKETS)
 
 RIGHTS: dict[str, Rights] = {
     ADMIN: Rights(publish=(">",), subscribe=(">",)),
     GATEWAY: Rights(
-        publish=(*_READ_LOG, *_READ_TABLES, *_WRITE_TABLES, "hr.work.>", "hr.cancel.*"),
-        subscribe=("hr.done.>", "hr.end.*", "hr.cancel.*"),
+        publish=(
+            *_READ_LOG,
+            *_READ_TABLES,
+            *_WRITE_TABLES,
+            f"$JS.API.CONSUMER.LIST.{STREAM}",
+            "hr.work.>",
+            "hr.cancel.>",
+            "hr.thread.>",
+            "hr.replay.*",
+        ),
+        subscribe=("hr.done.>", "hr.end.*", "hr.cancel.>"),
     ),
     WORKER: Rights(
         publish=(
@@ -71,12 +82,14 @@ RIGHTS: dict[str, Rights] = {
             "hr.start.>",
             "hr.try.>",
             "hr.note.>",
+            "hr.cancel.>",
+            "hr.thread.>",
             f"$JS.API.CONSUMER.INFO.{STREAM}.*",
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",
         ),
     ),
-    LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES)),
+    LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES, *_LOOK_AT_LANES)),
 }
 
 

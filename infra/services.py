@@ -39,6 +39,7 @@ _log = structlog.get_logger(__name__)
 
 BACKLOG = 1024
 REDIS_ANSWER_S = 5.0
+REDIS_READ_S = 1.0  # of the gateway, whose callers wait: past this it says 503, or tells from the log
 REDIS_CONNECT_S = 2.0
 SETUP_S = 30.0
 CLOSE_S = 5.0
@@ -73,8 +74,8 @@ async def _link(settings: Settings, role: str) -> AsyncIterator[Link]:
 
 
 @asynccontextmanager
-async def _log_on(link: Link, linger_s: float = 0.0) -> AsyncIterator[Log]:
-    log = Log(link, linger_s=linger_s)
+async def _log_on(link: Link, settings: Settings, linger_s: float = 0.0) -> AsyncIterator[Log]:
+    log = Log(link, linger_s=linger_s, replicated=settings.log_replicas > 1)
     await log.start()
     try:
         yield log
@@ -97,14 +98,14 @@ async def _tables_on(link: Link) -> AsyncIterator[Tables]:
 
 
 @asynccontextmanager
-async def _redis(settings: Settings) -> AsyncIterator[Redis]:
+async def _redis(settings: Settings, answer_s: float = REDIS_ANSWER_S) -> AsyncIterator[Redis]:
     from redis.asyncio import Redis
 
     client = Redis.from_url(
         settings.redis_url,
         password=settings.redis_password(),
-        socket_timeout=REDIS_ANSWER_S,
-        socket_connect_timeout=REDIS_CONNECT_S,
+        socket_timeout=answer_s,
+        socket_connect_timeout=min(answer_s, REDIS_CONNECT_S),
     )
     try:
         yield client
@@ -143,21 +144,28 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
     from gateway import app as front_door
     from gateway.limits import GatewayLimits
     from gateway.server import Runner
+    from streams.backlog import Lanes
     from streams.follow import follow
     from streams.ledger import Reader
 
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.GATEWAY))
-        log = await stack.enter_async_context(_log_on(link))
+        log = await stack.enter_async_context(_log_on(link, settings))
         app = front_door.build(
             log=log,
             follow=functools.partial(follow, log),
             tables=await stack.enter_async_context(_tables_on(link)),
             blobs=FolderBlobs(settings.blobs_path()),
-            reader=Reader(await stack.enter_async_context(_redis(settings))),
+            reader=Reader(await stack.enter_async_context(_redis(settings, REDIS_READ_S))),
             token=settings.token(),
             version=release(),
-            limits=GatewayLimits(disk_bytes_min=settings.disk_bytes_min),
+            limits=GatewayLimits(
+                body_bytes_max=settings.payload_bytes_max,
+                disk_bytes_min=settings.disk_bytes_min,
+                log_share_max=settings.log_share_max,
+                backlog_max=settings.backlog_max,
+            ),
+            lanes=Lanes(link),
         )
         runner = Runner(app, shutdown_timeout=settings.drain_s)
         await runner.setup()
@@ -182,11 +190,22 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     slots = settings.worker_slots or os.cpu_count() or 1
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.WORKER))
-        log = await stack.enter_async_context(_log_on(link, OUTCOMES_LINGER_S))
+        log = await stack.enter_async_context(_log_on(link, settings, OUTCOMES_LINGER_S))
         tables = await stack.enter_async_context(_tables_on(link))
         pool = Pool(
             slots,
-            limits=ChildLimits(memory_bytes_max=settings.child_bytes_max, result_bytes_max=settings.result_bytes_max),
+            limits=ChildLimits(
+                memory_bytes_max=settings.child_bytes_max,
+                tasks_max=settings.child_tasks_max,
+                cpu_max_s=settings.child_cpu_max_s,
+                scratch_bytes_max=settings.scratch_bytes_max,
+                scratch_files_max=settings.scratch_files_max,
+                output_bytes_max=settings.output_bytes_max,
+                output_lines_max=settings.output_lines_max,
+                result_bytes_max=settings.result_bytes_max,
+                fan_out_max=settings.fan_out_max,
+            ),
+            disk_bytes_min=settings.disk_bytes_min // 4,
             scratch=settings.scratch_path(),
             preload=[module for module in settings.worker_preload.split(",") if module],
         )
@@ -200,6 +219,8 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             pool=pool,
             slots=slots,
             work_age_max_s=settings.work_age_s(),
+            chain_depth_max=settings.chain_depth_max,
+            run_invocations_max=settings.run_invocations_max,
         )
         ready()
         await Worker(tools).run(stop, settings.drain_s)
@@ -212,24 +233,27 @@ def worker_name() -> str:
 
 
 async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
-    """Follow the log into the read model until ``stop`` is set."""
+    """Follow the log into the read model, and audit that every accepted run ends, until ``stop`` is set."""
+    from streams.auditor import Auditor
     from streams.ledger import Writer
 
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(_link(settings, rights.LEDGER))
-        log = await stack.enter_async_context(_log_on(link))
+        log = await stack.enter_async_context(_log_on(link, settings))
         redis = await stack.enter_async_context(_redis(settings))
         writing = asyncio.create_task(Writer(log, redis, runs_max=settings.ledger_runs_max).run(), name="ledger")
+        auditor = Auditor(log, redis, every_s=settings.audit_every_s, grace_s=settings.audit_grace_s)
+        auditing = asyncio.create_task(auditor.run(), name="auditor")
         stopping = asyncio.create_task(stop.wait())
         ready()
         try:
-            await asyncio.wait({writing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            done, _ = await asyncio.wait({writing, auditing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # one that failed ends the ledger, which is started again
         finally:
-            for task in (writing, stopping):
+            for task in (writing, auditing, stopping):
                 task.cancel()
-            await asyncio.gather(writing, stopping, return_exceptions=True)
+            await asyncio.gather(writing, auditing, stopping, return_exceptions=True)
 
 
 ROLES: Mapping[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]] = {

@@ -89,12 +89,26 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_bytes_max: Annotated[
         Bytes, Meta(description="Size of the log at which triggers are refused with 503 until old ones have left.")
     ] = 8 * GIB
+    log_share_max: Annotated[
+        Annotated[float, Meta(gt=0, le=1)],
+        Meta(
+            description="Share of log_bytes_max, up to 1, from which on triggers are refused with 503; the rest is for "
+            "the ends of what was accepted."
+        ),
+    ] = 0.9
     log_replicas: Annotated[
         Annotated[int, Meta(ge=1, le=5)], Meta(description="Copies of the log: 1 on one server, 3 in a cluster.")
     ] = 1
     ledger_runs_max: Annotated[
         Count, Meta(description="Runs that the read model holds; older ones are read no more.")
     ] = 200_000
+    audit_every_s: Annotated[
+        Seconds,
+        Meta(description="How often the auditor looks for accepted runs that neither ended nor are on their way."),
+    ] = 10.0
+    audit_grace_s: Annotated[Seconds, Meta(description="How old a run has to be before the auditor looks at it.")] = (
+        30.0
+    )
     redis_bytes_max: Annotated[Bytes, Meta(description="Memory that the embedded redis-server may take.")] = GIB
     worker_slots: Annotated[
         Annotated[int, Meta(ge=0, le=1024)],
@@ -107,10 +121,46 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Path | None, Meta(description="Folder in which running functions get folders. Default: DATA_DIR/scratch.")
     ] = None
     child_bytes_max: Annotated[Bytes, Meta(description="Memory that one running function may take.")] = 2 * GIB
-    result_bytes_max: Annotated[Bytes, Meta(description="Size of what a function may return.")] = 16 * MIB
+    child_tasks_max: Annotated[
+        Count, Meta(description="Processes and threads that one running function may have at a time, its own included.")
+    ] = 512
+    child_cpu_max_s: Annotated[
+        Seconds, Meta(description="CPU time that one invocation may take, all its processes and threads together.")
+    ] = 86400.0
+    scratch_bytes_max: Annotated[
+        Bytes,
+        Meta(description="What one invocation may have in its folders; also the size of any single file it writes."),
+    ] = 16 * GIB
+    scratch_files_max: Annotated[Count, Meta(description="Files that one invocation may have in its folders.")] = (
+        100_000
+    )
+    output_bytes_max: Annotated[
+        Bytes, Meta(description="Printed and logged text of one invocation that is kept; then a note says it was cut.")
+    ] = MIB
+    output_lines_max: Annotated[Count, Meta(description="Lines of such text that are kept.")] = 10_000
+    result_bytes_max: Annotated[
+        Bytes, Meta(description="Size of what a function may return, its answer and effects included.")
+    ] = 16 * MIB
+    fan_out_max: Annotated[Annotated[int, Meta(ge=1, le=100_000)], Meta(description="Members of one `ctx.map`.")] = (
+        10_000
+    )
+    chain_depth_max: Annotated[Count, Meta(description="Invocations of one run that follow one another.")] = 1000
+    run_invocations_max: Annotated[
+        Count, Meta(description="Invocations of one run; one that would start more of them fails.")
+    ] = 1_000_000
+    payload_bytes_max: Annotated[
+        Annotated[int, Meta(ge=1, le=256 * MIB)],
+        Meta(description="Size of the body of a request: of a trigger, or of the code of a function."),
+    ] = 16 * MIB
+    backlog_max: Annotated[
+        Count, Meta(description="Pieces of work that may wait for a worker; past that, triggers are refused with 503.")
+    ] = 100_000
     disk_bytes_min: Annotated[
         Bytes,
-        Meta(description="Free space in DATA_DIR below which triggers are refused with 503, before the log stalls."),
+        Meta(
+            description="Free space in DATA_DIR below which triggers are refused with 503, before the log stalls; "
+            "below a quarter of it in SCRATCH_DIR no function is begun."
+        ),
     ] = 256 * MIB
     drain_s: Annotated[
         Seconds, Meta(description="How long a stopping process lets what it is doing come to an end.")
@@ -283,6 +333,6 @@ def _shown(name: str, default: object) -> str:
     if isinstance(default, int) and "_bytes_" in name:
         unit, size = next((u, s) for u, s in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB), ("B", 1)) if default % s == 0)
         return f"`{default // size}{unit}`"
-    if isinstance(default, float):
+    if isinstance(default, float) and name.endswith("_s"):
         return f"`{default / 86400:g}d`" if default % 86400 == 0 else f"`{default:g}s`"
     return f"`{default}`"

@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -25,7 +26,7 @@ def configure(*, level: str, role: str, terminal: bool = False, stream: TextIO |
         terminal: write short lines for a person instead of JSON.
         stream: where to, if not stderr.
     """
-    out = stream or sys.stderr
+    out = _Sink(stream or sys.stderr)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -37,7 +38,7 @@ def configure(*, level: str, role: str, terminal: bool = False, stream: TextIO |
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(out),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", out)),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(out)
@@ -48,6 +49,22 @@ def configure(*, level: str, role: str, terminal: bool = False, stream: TextIO |
         )
     )
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
+
+
+class _Sink:
+    """Where lines go. On a full disk they are dropped: a line that cannot be written must not stop a server."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._out.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._out.flush()
 
 
 class _Json:

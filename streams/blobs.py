@@ -10,8 +10,10 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from headrace.errors import NotFound
 from headrace.wire import Payload
@@ -88,25 +90,34 @@ class FolderBlobs:
         digest = hashlib.sha256(body).hexdigest()
         if self._place(digest).is_file():
             return digest
-        handle, name = tempfile.mkstemp(dir=self.incoming)
-        with os.fdopen(handle, "wb") as file:
+        with self._aside() as file:
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
-        self.adopt(Path(name), digest)
+            self.adopt(Path(file.name), digest)
         return digest
 
     def _put_file(self, path: Path) -> str:
-        handle, name = tempfile.mkstemp(dir=self.incoming)
         digest = hashlib.sha256()
-        with os.fdopen(handle, "wb") as copy, path.open("rb") as source:
+        with self._aside() as copy, path.open("rb") as source:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 copy.write(chunk)
             copy.flush()
             os.fsync(copy.fileno())
-        self.adopt(Path(name), digest.hexdigest())
+            self.adopt(Path(copy.name), digest.hexdigest())
         return digest.hexdigest()
+
+    @contextmanager
+    def _aside(self) -> Iterator[IO[bytes]]:
+        """Lend a file to write to; it is gone again if that fails, as it does on a full disk."""
+        handle, name = tempfile.mkstemp(dir=self.incoming)
+        try:
+            with open(name, "wb", opener=lambda *_: handle) as file:
+                yield file
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

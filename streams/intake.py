@@ -13,6 +13,7 @@ import contextlib
 import heapq
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 from headrace.wire import Invocation, decode
@@ -28,6 +29,7 @@ HOLD_S = 0.1
 HEADS_S = 0.002
 KEEP_S = ACK_WAIT_S / 4
 USUAL_WEIGHT = 0.1
+HANDED_BACK_KEPT_MAX = 100_000
 UNREADABLE_DELIVERIES_MAX = 10  # a release that can read it may be on its way; each delivery takes ACK_WAIT_S
 
 
@@ -37,16 +39,32 @@ def window(usual_s: float, slots: int) -> int:
 
 
 class Delivery:
-    """One invocation in the hand of this worker. Exactly one of ``ack``, ``give_back`` and ``leave`` ends it."""
+    """One invocation in the hand of this worker. Exactly one of ``ack``, ``give_back`` and ``leave`` ends it.
 
-    __slots__ = ("_intake", "at", "delivered", "held_at", "invocation", "lane", "order", "reply", "seq", "told_at")
+    ``fresh`` says that nobody can have started it before.
+    """
 
-    def __init__(self, intake: Intake, lane: int, arrived: Arrival, now: float) -> None:
+    __slots__ = (
+        "_intake",
+        "at",
+        "delivered",
+        "fresh",
+        "held_at",
+        "invocation",
+        "lane",
+        "order",
+        "reply",
+        "seq",
+        "told_at",
+    )
+
+    def __init__(self, intake: Intake, lane: int, arrived: Arrival, now: float, fresh: bool) -> None:
         self._intake = intake
         self.lane = lane
         self.seq = arrived.seq
         self.at = arrived.at
         self.delivered = arrived.delivered
+        self.fresh = fresh
         self.reply = arrived.reply
         self.invocation = decode(arrived.body, Invocation)
         self.held_at = now
@@ -88,6 +106,8 @@ class Intake:
         self._polls: list[Poll] = []
         self._heap: list[Delivery] = []
         self._out: dict[str, Delivery] = {}
+        # By sequence, up to which delivery this worker had it in its hand each time, and handed it back not started.
+        self._handed_back: OrderedDict[int, int] = OrderedDict()
         self._arrived = asyncio.Event()
         self._usual_s = [0.1] * LANES
         self._takers = 0
@@ -177,7 +197,8 @@ class Intake:
     def _take(self, lane: int, arrived: Arrival) -> None:
         now = asyncio.get_running_loop().time()
         try:
-            delivery = Delivery(self, lane, arrived, now)
+            fresh = arrived.delivered == self._handed_back.pop(arrived.seq, 0) + 1
+            delivery = Delivery(self, lane, arrived, now, fresh)
         except Exception:
             # Not ours to read: written by a release to come, or damaged. Left alone, it is delivered to another.
             _log.exception("message %d of lane %d cannot be read", arrived.seq, lane)
@@ -219,4 +240,8 @@ class Intake:
     async def _give_back_held(self) -> None:
         held, self._heap = self._heap, []
         for delivery in held:
+            if delivery.fresh:
+                self._handed_back[delivery.seq] = delivery.delivered
             await delivery.give_back()
+        while len(self._handed_back) > HANDED_BACK_KEPT_MAX:
+            self._handed_back.popitem(last=False)

@@ -18,9 +18,27 @@ _log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 2
 OPEN_TIMEOUT_S = 20.0
 PING_INTERVAL_S = 1
-PINGS_UNANSWERED_MAX = 3
+# With two, a server that hangs is left after three to four seconds: sooner than a cluster has a new leader.
+PINGS_UNANSWERED_MAX = 2
 RECONNECT_WAIT_S = 0.1
 PENDING_BYTES_MAX = 64 * 1024 * 1024
+
+
+class _Client(NatsClient):
+    """The client, which drops a connection at once when it is lost, with all that has not left yet.
+
+    Left alone, it waits until the server has taken the rest, which a paused one never does; and it would send the rest
+    over the next connection, when those who wait for answers have asked again long ago.
+    """
+
+    async def _process_op_err(self, e: Exception) -> None:
+        if (self.is_connected or self.is_connecting) and not self.is_closed:
+            writer = getattr(self._transport, "_io_writer", None)
+            if writer is not None:
+                writer.transport.abort()
+            self._pending = []
+            self._pending_data_size = 0
+        await super()._process_op_err(e)
 
 
 class Link:
@@ -31,9 +49,11 @@ class Link:
     """
 
     def __init__(self) -> None:
-        self.nc = NatsClient()
+        self.nc: NatsClient = _Client()
         self.last_error = ""
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
+        self._lost: list[Callable[[], None]] = []
+        self._up = asyncio.Event()
 
     @property
     def connected(self) -> bool:
@@ -54,8 +74,25 @@ class Link:
 
         return forget
 
+    def on_loss(self, act: Callable[[], None]) -> Callable[[], None]:
+        """Have ``act`` called each time the connection is lost; call what is returned to stop that."""
+        self._lost.append(act)
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                self._lost.remove(act)
+
+        return forget
+
+    async def until_connected(self) -> None:
+        """Return as soon as the connection stands."""
+        while not self.connected:
+            self._up.clear()
+            await self._up.wait()
+
     async def back(self) -> None:
         """Called by the client after a reconnect."""
+        self._up.set()
         _log.warning("connected to NATS again")
         for act in list(self._reconnected):
             try:
@@ -65,6 +102,8 @@ class Link:
 
     async def gone(self) -> None:
         """Called by the client when the connection is lost, and when it is closed on purpose."""
+        for act in list(self._lost):
+            act()
         if not self.nc.is_closed:
             _log.warning("the connection to NATS is gone; trying again for ever")
 

@@ -13,17 +13,24 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from typing import NamedTuple
 
 import msgspec
-from msgspec import Struct
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from headrace.errors import HeadraceError, TooLarge, Unavailable
 from streams.link import Link
 from streams.live import Live
+from streams.replies import (
+    STREAM_FULL,
+    WRONG_LAST_SEQUENCE,
+    Info,
+    Refused,
+    from_leader,
+    sequence_in,
+    stored_in,
+)
 from streams.stored import Stored
 from streams.topology import STREAM
 
@@ -40,10 +47,8 @@ PROBE_S = 0.2
 READ_MANY_MAX = 1000
 CROWD = 16
 GROUPS_IN_FLIGHT = 2
-
-WRONG_LAST_SEQUENCE = 10071
-STREAM_FULL = 10077
-UNAVAILABLE = 503
+STALE_TRIES_MAX = 50
+STALE_S = 0.05
 
 
 class Record(NamedTuple):
@@ -64,14 +69,6 @@ class AlreadyThere(HeadraceError):
     title = "Already recorded"
 
 
-class _Refused(Exception):
-    """The server said no; ``code`` is its JetStream error code."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 class _Unit:
     __slots__ = ("done", "doubtful", "give_up_at", "places", "records", "size")
 
@@ -86,43 +83,34 @@ class _Unit:
         self.doubtful = False
 
 
-class _Error(Struct):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
-class _Ack(Struct):
-    seq: int = 0
-    count: int = 0
-    error: _Error | None = None
-
-
-_read_ack = msgspec.json.Decoder(_Ack).decode
-
-
 class Log:
     """Appends to the stream and reads from it; one per process, shared by all its tasks."""
 
-    def __init__(self, link: Link, *, linger_s: float = 0.0) -> None:
+    def __init__(self, link: Link, *, linger_s: float = 0.0, replicated: bool = False) -> None:
         """Use a link.
 
         Args:
             link: the connection.
             linger_s: after a crowded group, how long to wait for the next one to gather. Each message gets cheaper for
                 the server and for us, and waits longer: for those whose callers do not wait one by one.
+            replicated: whether the log has copies on several servers. Then any of them may answer a read, also one
+                that was paused and does not know yet what it missed, so reads are asked of or measured by the leader.
         """
         self._link = link
         self._linger_s = linger_s
+        self._replicated = replicated
         self._queue: deque[_Unit] = deque()
         self._committer: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._tokens = itertools.count(1)
         self._batches = itertools.count(1)
-        self._answers: dict[str, asyncio.Future[Msg]] = {}
+        self._answers: dict[str, asyncio.Future[Msg | None]] = {}  # None: the connection was lost
         self._streams: dict[str, asyncio.Queue[Msg]] = {}
         self._prefix = ""
         self._sub: Subscription | None = None
+        self._forget: Callable[[], None] | None = None
+        # Set when an append got no answer: nothing more is sent until the log is heard again.
+        self._silent = False
         self.last_seq = 0
 
     @property
@@ -134,10 +122,13 @@ class Log:
         """Begin to take answers; call once before anything else."""
         self._prefix = self._link.nc.new_inbox() + "."
         self._sub = await self._link.nc.subscribe(self._prefix + "*", cb=self._answer)
+        self._forget = self._link.on_loss(self._lose_answers)
         self._committer = asyncio.create_task(self._commit_for_ever(), name="log-committer")
 
     async def close(self) -> None:
         """Stop; appends still waiting end with ``Unavailable``."""
+        if self._forget is not None:
+            self._forget()
         if self._committer is not None:
             self._committer.cancel()
             await asyncio.gather(self._committer, return_exceptions=True)
@@ -178,6 +169,9 @@ class Log:
                 self._wake.clear()
                 await asyncio.sleep(0)  # whoever is about to append in this turn of the loop joins the group
                 while self._queue:
+                    if self._silent:
+                        await self._until_heard()
+                        continue
                     if len(flying) >= (GROUPS_IN_FLIGHT if len(self._queue) >= CROWD else 1):
                         waker = asyncio.ensure_future(self._wake.wait())
                         await asyncio.wait({*flying, waker}, return_when=asyncio.FIRST_COMPLETED)
@@ -195,6 +189,37 @@ class Log:
             for task in flying:
                 task.cancel()
             await asyncio.gather(*flying, return_exceptions=True)
+
+    async def _until_heard(self) -> None:
+        """Return once the log takes messages again: its leader answers a question that is asked again and again.
+
+        A cluster that lost its leader is silent for seconds. To send into that, and wait long for each answer, would
+        be to hear late that it is over.
+        """
+        asked: set[asyncio.Task[int]] = set()
+        try:
+            while self._silent and self._queue:
+                asked.add(asyncio.create_task(self.end_seq()))
+                done, asked = await asyncio.wait(asked, timeout=PROBE_S, return_when=asyncio.FIRST_COMPLETED)
+                if None in [task.exception() for task in done]:
+                    self._silent = False
+                elif done:
+                    await asyncio.sleep(PROBE_S)
+                self._give_up(asyncio.get_running_loop().time())
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    def _give_up(self, now: float) -> None:
+        """Tell those whose time is over that the log does not answer."""
+        for unit in list(self._queue):
+            if now >= unit.give_up_at:
+                self._queue.remove(unit)
+                if not unit.done.done():
+                    unit.done.set_exception(
+                        Unavailable("the log does not answer", hint="Send it again with the same id; it runs once.")
+                    )
 
     async def _commit_group(self, group: list[_Unit]) -> None:
         try:
@@ -238,7 +263,7 @@ class Log:
             try:
                 self._settle(fresh, await self._send_batch([r for u in fresh for r in u.records]))
                 fresh = []
-            except _Refused:
+            except Refused:
                 pass  # one of them is to blame: each alone finds out which
             except TimeoutError:
                 self._again(fresh)
@@ -260,7 +285,7 @@ class Log:
             self._settle([unit], last)
         except TimeoutError:
             self._again([unit])
-        except _Refused as refused:
+        except Refused as refused:
             if unit.done.done():
                 return
             if refused.code == STREAM_FULL:
@@ -302,43 +327,31 @@ class Log:
 
     def _again(self, units: list[_Unit]) -> None:
         """Queue units whose fate is unknown once more, in front, until their time is up."""
-        now = asyncio.get_running_loop().time()
+        self._silent = True
         for unit in reversed(units):
             unit.doubtful = True
-            if unit.done.done():
-                continue
-            if now >= unit.give_up_at:
-                unit.done.set_exception(
-                    Unavailable("the log does not answer", hint="Send it again with the same id; it runs once.")
-                )
-            else:
+            if not unit.done.done():
                 self._queue.appendleft(unit)
+        self._give_up(asyncio.get_running_loop().time())
         self._wake.set()
 
     async def _send(self, record: Record) -> int:
         headers = _guard(record)
-        ack = _read_ack((await self._request(record.subject, record.body, headers)).data)
-        if ack.error is not None:
-            raise _Refused(ack.error.err_code, ack.error.description)
-        return ack.seq
+        return sequence_in(await self._request(record.subject, record.body, headers))
 
     async def _send_batch(self, records: list[Record]) -> int:
         batch = f"{self._prefix[-8:-1]}-{next(self._batches)}"
-        nc = self._link.nc
         final = len(records)
-        for number, record in enumerate(records, 1):
-            headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
-            guard = _guard(record)
-            if guard is not None:
-                headers.update(guard)
-            if number < final:
-                await nc.publish(record.subject, record.body, headers=headers)
-            else:
-                headers["Nats-Batch-Commit"] = "1"
-                ack = _read_ack((await self._request(record.subject, record.body, headers)).data)
-        if ack.error is not None:
-            raise _Refused(ack.error.err_code, ack.error.description)
-        return ack.seq
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            for number, record in enumerate(records, 1):
+                headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
+                guard = _guard(record)
+                if guard is not None:
+                    headers.update(guard)
+                if number < final:
+                    await self._publish(record.subject, record.body, "", headers)
+            headers["Nats-Batch-Commit"] = "1"
+            return sequence_in(await self._request(record.subject, record.body, headers))
 
     # ------------------------------------------------------------ requests and answers
 
@@ -349,7 +362,7 @@ class Log:
             TimeoutError: no answer came, or nobody listens on the subject at the moment.
         """
         token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
         self._answers[token] = future
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -357,12 +370,16 @@ class Log:
                 message = await future
         finally:
             self._answers.pop(token, None)
+        if message is None:
+            raise TimeoutError
         if message.headers is not None and message.headers.get("Status") == "503":
             await asyncio.sleep(0.1)  # the server is up but its JetStream is not yet
             raise TimeoutError
         return message
 
     async def _publish(self, subject: str, body: bytes, reply: str, headers: dict[str, str] | None) -> None:
+        if not self._link.connected:
+            await self._link.until_connected()  # not into the client's buffer: what waits there goes out late and twice
         try:
             await self._link.nc.publish(subject, body, reply=reply, headers=headers)
         except OSError as error:
@@ -370,6 +387,12 @@ class Log:
         except Exception as error:  # nats-py: closed, draining, or its outbound buffer is full during a reconnect
             await asyncio.sleep(0.1)
             raise TimeoutError from error
+
+    def _lose_answers(self) -> None:
+        """Stop waiting for answers that would have come over a connection which is gone; who asked asks again."""
+        for future in self._answers.values():
+            if not future.done():
+                future.set_result(None)
 
     async def _answer(self, message: Msg) -> None:
         token = message.subject[len(self._prefix) :]
@@ -397,7 +420,9 @@ class Log:
 
     async def _last(self, subject: str) -> Stored | None:
         body = msgspec.json.encode({"last_by_subj": subject})
-        return _stored(await self._request(f"$JS.API.DIRECT.GET.{STREAM}", body))
+        if self._replicated:
+            return from_leader(await self._request(f"$JS.API.STREAM.MSG.GET.{STREAM}", body))
+        return stored_in(await self._request(f"$JS.API.DIRECT.GET.{STREAM}", body))
 
     async def last_of_each(self, subjects: list[str]) -> list[Stored]:
         """Return the newest message of every subject that matches, in the order of the log.
@@ -406,9 +431,22 @@ class Log:
             TooLarge: more than 1,000 subjects match.
             Unavailable: the log does not answer.
         """
+        if not self._replicated:
+            return (await self._last_of_each(subjects))[0]
+        known = await self.end_seq()
+        for _ in range(STALE_TRIES_MAX):
+            found, up_to = await self._last_of_each(subjects)
+            if up_to >= known or (not found and not any([await self.last(subject) for subject in subjects])):
+                return found
+            await asyncio.sleep(STALE_S)
+        raise _no_answer()
+
+    async def _last_of_each(self, subjects: list[str]) -> tuple[list[Stored], int]:
+        """Read as above from whichever server answers; also the sequence that this server has reached, if it says."""
         token = str(next(self._tokens))
         queue = self._streams[token] = asyncio.Queue()
         found: list[Stored] = []
+        up_to = 0
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S * 2):
                 body = msgspec.json.encode({"multi_last": subjects, "batch": READ_MANY_MAX + 1})
@@ -421,8 +459,9 @@ class Log:
                     if status == "503":
                         raise _no_answer()
                     if status is not None:
+                        up_to = int((message.headers or {}).get("Nats-UpTo-Sequence", 0))
                         break
-                    stored = _stored(message)
+                    stored = stored_in(message)
                     if stored is not None:
                         found.append(stored)
         except TimeoutError as error:
@@ -430,7 +469,20 @@ class Log:
         finally:
             self._streams.pop(token, None)
         found.sort(key=lambda s: s.seq)
-        return found
+        return found, up_to
+
+    async def count(self, subject: str) -> int:
+        """Return how many messages there are on a subject (``*`` allowed), as the server that answers knows it.
+
+        Raises:
+            Unavailable: the log does not answer.
+        """
+        body = msgspec.json.encode({"seq": 1, "next_by_subj": subject, "batch": 1})
+        try:
+            first = await self._request(f"$JS.API.DIRECT.GET.{STREAM}", body)
+        except TimeoutError as error:
+            raise _no_answer() from error
+        return 0 if stored_in(first) is None else 1 + int((first.headers or {}).get("Nats-Num-Pending", 0))
 
     async def at(self, seqs: Iterable[int]) -> list[Stored]:
         """Return the messages at these sequences, in the order given.
@@ -446,7 +498,9 @@ class Log:
 
     async def _at(self, seq: int) -> Stored:
         try:
-            stored = _stored(await self._request(f"$JS.API.DIRECT.GET.{STREAM}", b'{"seq":%d}' % seq))
+            stored = stored_in(await self._request(f"$JS.API.DIRECT.GET.{STREAM}", b'{"seq":%d}' % seq))
+            if stored is None and self._replicated:
+                stored = from_leader(await self._request(f"$JS.API.STREAM.MSG.GET.{STREAM}", b'{"seq":%d}' % seq))
         except TimeoutError as error:
             raise _no_answer() from error
         if stored is None:
@@ -454,12 +508,31 @@ class Log:
         return stored
 
     async def end_seq(self) -> int:
-        """Return the sequence of the newest message, 0 for an empty log."""
+        """Return the sequence of the newest message, 0 for an empty log.
+
+        Raises:
+            Unavailable: the log does not answer, or has no leader at the moment.
+        """
+        return (await self._info()).state.last_seq
+
+    async def size(self) -> tuple[int, int]:
+        """Return the bytes that the log takes, and those at which it refuses (0: no limit).
+
+        Raises:
+            Unavailable: the log does not answer, or has no leader at the moment.
+        """
+        info = await self._info()
+        return info.state.bytes, max(0, info.config.max_bytes)
+
+    async def _info(self) -> Info:
         try:
             message = await self._request(f"$JS.API.STREAM.INFO.{STREAM}", b"")
         except TimeoutError as error:
             raise _no_answer() from error
-        return msgspec.json.decode(message.data, type=_Info).state.last_seq
+        info = msgspec.json.decode(message.data, type=Info)
+        if info.error is not None:
+            raise Unavailable(f"the log says: {info.error.description}", hint="Try again in a moment.")
+        return info
 
     def live(self, *subjects: str, wanted: Callable[[str, bytes], bool] | None = None) -> Live:
         """Return a subscription to what is stored on these subjects from now on; each is a subject that is used once.
@@ -468,14 +541,6 @@ class Log:
         ``follow``.
         """
         return Live(self.link, self.last, subjects, wanted)
-
-
-class _State(Struct, frozen=True):
-    last_seq: int = 0
-
-
-class _Info(Struct, frozen=True):
-    state: _State = _State()
 
 
 def covers(pattern: str, subject: str) -> bool:
@@ -491,24 +556,6 @@ def _guard(record: Record) -> dict[str, str] | None:
     if record.absent != record.subject:
         guard["Nats-Expected-Last-Subject-Sequence-Subject"] = record.absent
     return guard
-
-
-def _stored(message: Msg) -> Stored | None:
-    """Read a message that the server sends from the stream (direct get, republish), or None for an empty answer."""
-    headers = message.headers
-    if headers is None or "Nats-Sequence" not in headers:
-        return None
-    return Stored(
-        int(headers["Nats-Sequence"]),
-        headers["Nats-Subject"],
-        message.data,
-        _instant(headers.get("Nats-Time-Stamp", "")),
-    )
-
-
-def _instant(text: str) -> float:
-    """Read the server's RFC 3339 stamp, whose nanoseconds Python takes in part only."""
-    return datetime.fromisoformat(text).timestamp() if text else 0.0
 
 
 def _no_answer() -> Unavailable:

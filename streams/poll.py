@@ -19,8 +19,9 @@ from streams.link import Link
 from streams.topology import STREAM
 
 EXPIRES_S = 60
-HEARTBEAT_S = 10
-SILENCE_S = 25.0
+# In a cluster a consumer may lose its leader while our own connection stands: only the silence tells.
+HEARTBEAT_S = 2
+SILENCE_S = 5.0
 ABSENT_RETRY_S = 0.25
 
 
@@ -44,7 +45,7 @@ def arrival(message: Msg) -> Arrival:
         int(parts[base + 1]),
         message.subject,
         message.data,
-        int(parts[base + 3]) / 1e9,
+        int(parts[base + 3]) // 1000 / 1e6,  # whole microseconds, as of a message that is read
         int(parts[base]),
         int(parts[base + 2]),
         message.reply,
@@ -74,7 +75,7 @@ class Poll:
         """Begin to listen; nothing is asked for yet."""
         self._prefix = self._link.nc.new_inbox() + "."
         self._sub = await self._link.nc.subscribe(self._prefix + "*", cb=self._hear)
-        self._forget = self._link.on_reconnect(self._restart)
+        self._forget = self._link.on_reconnect(self._reconnected)
         self._guard = asyncio.create_task(self._watch(), name="poll-guard")
 
     async def close(self) -> None:
@@ -127,6 +128,11 @@ class Poll:
     def _ask_again(self, asked_in: int) -> None:
         if asked_in == self._round and self._forget is not None:
             self._retry = asyncio.ensure_future(self.want(self._wanted))
+
+    async def _reconnected(self) -> None:
+        """Ask again; and what was on its way over the old connection is lost, be it the last message there is."""
+        self._lost()
+        await self._restart()
 
     async def _restart(self) -> None:
         self._round += 1

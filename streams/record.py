@@ -20,6 +20,7 @@ from headrace.model import (
     InvocationView,
     Links,
     Quote,
+    ReplayView,
     RunState,
     RunView,
     TimeLedger,
@@ -28,7 +29,10 @@ from headrace.wire import (
     Attempt,
     Cancel,
     Invocation,
+    Mark,
     Outcome,
+    Replay,
+    Replayed,
     RunEnd,
     Started,
     decode,
@@ -45,7 +49,8 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of a run; instants in epoch seconds. ``seq`` is the last fact that changed it.
 
     ``answer_id`` names the invocation whose outcome holds the answer, ``explicit`` says that it was given with
-    ``ctx.answer``.
+    ``ctx.answer``. ``dead`` counts invocations that were given up on, ``dead_id`` is the first. ``replays`` is what it
+    gives another go, and ``replayed_as`` the run that gave it another go.
     """
 
     run_id: str
@@ -66,11 +71,27 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     spent: TimeLedger = TimeLedger()
     error: ErrorInfo | None = None
     invocations: int = 1
+    dead: int = 0
+    dead_id: str | None = None
+    replays: Replayed | None = None
+    replayed_as: str | None = None
+    thread: list[str] = []
+    mark: Mark | None = None
 
     @property
     def ended(self) -> bool:
         """Whether the state is final."""
         return self.state in FINAL
+
+    @property
+    def superseded_by(self) -> str | None:
+        """The run of the next later event of its thread, where that is not retracted."""
+        return self.mark.run_id if self.mark is not None and self.mark.kind == "superseded" else None
+
+    @property
+    def retracted_by(self) -> str | None:
+        """The run of the event that took the thread of this one back."""
+        return self.mark.run_id if self.mark is not None and self.mark.kind == "retracted" else None
 
     @property
     def deadline_met(self) -> bool | None:
@@ -99,7 +120,7 @@ class InvocationRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: ErrorInfo | None = None
 
 
-Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel
+Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel | Replay
 _KINDS: dict[str, type[Fact]] = {
     "work": Invocation,
     "done": Outcome,
@@ -107,6 +128,7 @@ _KINDS: dict[str, type[Fact]] = {
     "start": Started,
     "try": Attempt,
     "cancel": Cancel,
+    "replay": Replay,
 }
 
 
@@ -129,6 +151,10 @@ def apply(record: RunRecord | None, fact: Fact, stored: Stored) -> RunRecord | N
     """Return the run after one more fact. Without its first invocation a run is unknown and stays None."""
     if record is None:
         return _begin(fact, stored) if isinstance(fact, Invocation) and fact.parent_id is None else None
+    if isinstance(fact, Replay):  # it comes after the end, and does not change how the run ended
+        return structs.replace(record, replayed_as=fact.by)
+    if isinstance(fact, Cancel) and fact.by is not None:  # it marks what has ended too
+        return _marked(record, fact.by, stored)
     if stored.seq <= record.seq or record.ended:
         return record
     match fact:
@@ -166,6 +192,8 @@ def _begin(first: Invocation, stored: Stored) -> RunRecord:
         quote=first.quote,
         seq=stored.seq,
         first_seq=stored.seq,
+        replays=first.replays,
+        thread=[place.key for place in first.places],
     )
 
 
@@ -179,6 +207,8 @@ def _outcome(record: RunRecord, done: Outcome, stored: Stored) -> RunRecord:
             explicit=True,
             spent=_with_commit(done.spent, done.ended_at, stored.at),
         )
+    if done.state == "dead":
+        record = structs.replace(record, dead=record.dead + 1, dead_id=record.dead_id or done.invocation_id)
     if done.error is not None and record.error is None:
         record = structs.replace(record, error=done.error)
     return record if done.end is None else _end(record, done.end, stored)
@@ -196,6 +226,27 @@ def _end(record: RunRecord, end: RunEnd, stored: Stored) -> RunRecord:
         answered_at=stored.at if end.state == "succeeded" else None,
         answer_id=end.answer_id,
     )
+
+
+def _marked(record: RunRecord, by: Mark, stored: Stored) -> RunRecord:
+    """Return the run with the mark that counts; the order in which marks come in does not matter."""
+    if record.mark is not None and not _outweighs(by, record.mark):
+        return record
+    record = structs.replace(record, mark=by, seq=max(record.seq, stored.seq))
+    if record.ended and (record.error is None or record.error.kind not in ("superseded", "retracted")):
+        return record
+    error = ErrorInfo(kind=by.kind, message=f"the run was {by.kind} by the run {by.run_id}")
+    ended_at = record.ended_at if record.ended else stored.at
+    return structs.replace(record, state="canceled", ended_at=ended_at, error=error)
+
+
+def _outweighs(new: Mark, old: Mark) -> bool:
+    """Say which of two marks of a run counts: of retractions the last, before all else; else the next in rank."""
+    if new.kind != old.kind:
+        return new.kind == "retracted"
+    if new.kind == "retracted":
+        return (new.rank, new.run_id) > (old.rank, old.run_id)
+    return (new.rank, new.run_id) < (old.rank, old.run_id)
 
 
 def _with_commit(spent: TimeLedger, ended_at: float, stored_at: float) -> TimeLedger:
@@ -296,6 +347,13 @@ def view(record: RunRecord, invocations: Iterable[InvocationRecord]) -> RunView:
             result=f"/v1/runs/{record.run_id}/result",
             events=f"/v1/runs/{record.run_id}/events",
         ),
+        replay_of=None
+        if record.replays is None
+        else ReplayView(run_id=record.replays.run_id, invocation_id=record.replays.invocation_id),
+        replayed_as=record.replayed_as,
+        thread=record.thread,
+        superseded_by=record.superseded_by,
+        retracted_by=record.retracted_by,
     )
 
 

@@ -8,7 +8,9 @@
     hr.start.<run>.<invocation>.<attempt>        Started: an attempt that takes longer than a moment
     hr.try.<run>.<invocation>.<attempt>          Attempt: failed, to be tried again
     hr.note.<run>.<invocation>.<attempt>         Note: log lines and progress
-    hr.cancel.<run>                              Cancel
+    hr.cancel.<run>.<who>                        Cancel: by a user, or by the run of a later event of the same thread
+    hr.thread.<thread>.<run>                     Member: the event of a run belongs to a thread of revisions
+    hr.replay.<run>                              Replay: a failed run was given another go by a new one
 
 The lane stands in the subject of work, so that one consumer per lane reads it without looking at the rest.
 
@@ -94,9 +96,19 @@ def note_subject(run: str, invocation: str, attempt: int | str) -> str:
     return f"hr.note.{run}.{invocation}.{attempt}"
 
 
-def cancel_subject(run: str) -> str:
-    """Return the subject that takes the wish to cancel a run."""
-    return f"hr.cancel.{run}"
+def cancel_subject(run: str, who: str = "user") -> str:
+    """Return the subject that takes one wish to cancel a run: of a user, or of a run that overrules it in a thread."""
+    return f"hr.cancel.{run}.{who}"
+
+
+def thread_subject(thread: str, run: str) -> str:
+    """Return the subject that says that the event of a run belongs to a thread."""
+    return f"hr.thread.{thread}.{run}"
+
+
+def replay_subject(run: str) -> str:
+    """Return the subject that says which new runs gave a failed one another go."""
+    return f"hr.replay.{run}"
 
 
 def run_subjects(run: str) -> list[str]:
@@ -107,12 +119,13 @@ def run_subjects(run: str) -> list[str]:
         start_subject(run, "*", "*"),
         attempt_subject(run, "*", "*"),
         end_subject(run),
-        cancel_subject(run),
+        cancel_subject(run, "*"),
+        replay_subject(run),
     ]
 
 
 def kind_of(subject: str) -> str:
-    """Return the second token of a subject: work, done, end, tally, lease, start, try, note or cancel."""
+    """Return the second token of a subject: the kind of its facts, such as work, done or cancel."""
     return subject.split(".", 2)[1]
 
 

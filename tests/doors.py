@@ -16,11 +16,12 @@ from aiohttp import web
 
 from gateway.app import build
 from gateway.limits import GatewayLimits
+from gateway.needs import Lanes
 from gateway.server import Runner
-from headrace.model import Problem, RunRef
+from headrace.model import Problem, RunRef, RunState
 from headrace.wire import Invocation, Outcome, Payload, RunEnd, decode, encode
 from streams.blobs import FolderBlobs
-from streams.topology import done_subject
+from streams.topology import done_subject, end_subject
 from tests.doubles import MemoryLog, MemoryReader, MemoryTables
 
 TOKEN = "test-token-0123456789"
@@ -107,6 +108,10 @@ class Door(Front):
         }
         return self.log.put(done_subject(run_id, first.invocation_id), encode(Outcome(**fields)))
 
+    def finish_run(self, run_id: str, state: RunState) -> int:
+        """Record the end of a run with branches, as a worker would."""
+        return self.log.put(end_subject(run_id), encode(RunEnd(run_id=run_id, state=state, ended_at=time.time())))
+
 
 class Doors:
     """Opens gateways and closes them all in the end."""
@@ -123,8 +128,8 @@ class Doors:
     ) -> None:
         await self._stack.aclose()
 
-    async def open(self, **limits: Any) -> Door:
-        """Open a gateway with these limits; nothing is registered yet."""
+    async def open(self, lanes: Lanes | None = None, **limits: Any) -> Door:
+        """Open a gateway with these limits, before these lanes; nothing is registered yet."""
         log, tables, blobs = MemoryLog(), MemoryTables(), FolderBlobs(self._folder / "blobs")
         reader = MemoryReader(log)
         app = build(
@@ -136,6 +141,7 @@ class Doors:
             token=TOKEN,
             version="1.2.3",
             limits=GatewayLimits(**{"disk_bytes_min": 0, **limits}),
+            lanes=lanes,
         )
         front = await self.serve(app)
         return Door(front.url, front.http, front.runner, log, reader, tables, blobs)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from headrace.errors import TooLarge, Unavailable
-from headrace.model import RunPage, RunView
+from headrace.model import Audit, RunPage, RunView
 from headrace.wire import FunctionRecord, RouteRecord
+from streams.ledger import Dead, DeadFound
 from streams.log import READ_MANY_MAX, AlreadyThere, Record
 from streams.record import InvocationRecord, RunRecord, fold_run, view
 from streams.stored import Stored
@@ -54,6 +55,7 @@ class MemoryLog:
     def __init__(self) -> None:
         self.link = MemoryLink()
         self.stored: list[Stored] = []
+        self.bytes_max = 0
         self.last_seq = 0
         self.away = False
         self.appends = 0
@@ -96,9 +98,17 @@ class MemoryLog:
             raise TooLarge(f"more than {READ_MANY_MAX} messages match")
         return sorted(found.values(), key=lambda s: s.seq)
 
+    async def at(self, seqs: Iterable[int]) -> list[Stored]:
+        self._check()
+        return [self.stored[seq - 1] for seq in seqs]
+
     async def end_seq(self) -> int:
         self._check()
         return len(self.stored)
+
+    async def size(self) -> tuple[int, int]:
+        self._check()
+        return sum(len(stored.body) for stored in self.stored), self.bytes_max
 
     @asynccontextmanager
     async def live(
@@ -162,6 +172,7 @@ class MemoryReader:
     def __init__(self, log: MemoryLog) -> None:
         self._log = log
         self.lag_at: int | None = None
+        self.audited: Audit | None = None
         self.away = False
 
     def _facts(self, run: str) -> list[Stored]:
@@ -212,3 +223,39 @@ class MemoryReader:
         ]
         shown = found[:limit]
         return RunPage(runs=[view(r, []) for r in shown], next=str(shown[-1].first_seq) if len(found) > limit else None)
+
+    def _all_dead(self) -> list[Dead]:
+        runs = dict.fromkeys(s.subject.split(".")[4] for s in self._log.stored if s.subject.startswith("hr.work."))
+        found = [found for run in runs if (found := self._fold(run)) is not None]
+        return [Dead(record, i) for record, invocations in found for i in invocations if i.state == "dead"]
+
+    async def dead(
+        self,
+        *,
+        function: str | None = None,
+        route: str | None = None,
+        since: float | None = None,
+        replayed: bool = False,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> DeadFound:
+        before = None if cursor is None else int(cursor)
+        found = [
+            d
+            for d in sorted(self._all_dead(), key=lambda d: -d.invocation.seq)
+            if (function is None or d.invocation.function == function)
+            and (route is None or d.run.route == route)
+            and (since is None or (d.invocation.ended_at or 0.0) >= since)
+            and (replayed or d.run.replayed_as is None)
+            and (before is None or d.invocation.seq < before)
+        ]
+        more = str(found[limit - 1].invocation.seq) if len(found) > limit else None
+        return DeadFound(found[:limit], more)
+
+    async def run_of_dead(self, invocation: str, /) -> str | None:
+        return next((d.run.run_id for d in self._all_dead() if d.invocation.invocation_id == invocation), None)
+
+    async def audit(self) -> Audit | None:
+        if self.away:
+            raise Unavailable("the read model does not answer")
+        return self.audited

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +20,7 @@ import pytest
 from headrace import cli, render
 from headrace.clock import parse_instant
 from headrace.model import (
+    DeadView,
     ErrorInfo,
     EventFilter,
     EventView,
@@ -36,6 +36,7 @@ from headrace.model import (
     StreamEvent,
     TimeLedger,
 )
+from tests.commands import ESCAPES, Run
 from tests.platforms import UpProcess
 from tests.processes import wait_until
 
@@ -66,40 +67,6 @@ USER_FILE = """
     def slow(seconds: float):
         time.sleep(seconds)
 """
-
-ESCAPES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-class Ran:
-    """What one command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-        assert not ESCAPES.search(out + err)
-        assert "Traceback" not in err or 'raise ValueError("[red]' in err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str, stdin: bytes = b"") -> Ran:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main(arguments)
-        out, err = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ran(ended.value.code, out, err)
-
-    return call
 
 
 @pytest.fixture
@@ -434,6 +401,18 @@ def test_no_text_from_outside_reaches_the_terminal_as_anything_but_text() -> Non
         name=HOSTILE, version="v", options=FunctionOptions(), registered_at="2026-11-21T03:14:15Z", doc=HOSTILE
     )
     route = RouteView(name=HOSTILE, route=Route(function=HOSTILE, filter=EventFilter(type=HOSTILE)))
+    dead = DeadView(
+        invocation_id=HOSTILE,
+        run_id=HOSTILE,
+        route=HOSTILE,
+        function=HOSTILE,
+        version=HOSTILE,
+        attempts=1,
+        at="2026-11-21T03:14:15Z",
+        error=ErrorInfo(kind=HOSTILE, message=HOSTILE),
+        errors=[],
+        replayed_as=HOSTILE,
+    )
     site = SiteView(name=HOSTILE, kind=HOSTILE, status="up", gpus={"total": 4, "free": 1}, queue={"jobs": 3})
     data = {"run_id": HOSTILE, "state": HOSTILE, "route": HOSTILE, "text": HOSTILE, "error": {"message": HOSTILE}}
     text = shown(
@@ -443,6 +422,7 @@ def test_no_text_from_outside_reaches_the_terminal_as_anything_but_text() -> Non
         render.functions_table([function]),
         render.routes_table([route]),
         render.sites_table([site]),
+        render.dead_table([dead]),
         *(
             render.event_line(StreamEvent(seq=1, kind=kind, data=data), with_run=True)
             for kind in ("run", "log", HOSTILE)

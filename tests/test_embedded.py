@@ -161,6 +161,8 @@ async def test_gateway_worker_and_ledger_can_do_their_work(nats_server: NatsServ
         (WORKER, "$KV.functions.mine"),
         (WORKER, "$KV.routes.mine"),
         (WORKER, "live.hr.done.run.inv"),
+        (WORKER, "hr.replay.run"),
+        (LEDGER, f"$JS.API.CONSUMER.INFO.{topology.STREAM}.other"),
         (LEDGER, "hr.work.0.t.run.inv"),
         (LEDGER, "hr.done.run.inv"),
         (LEDGER, "$KV.routes.mine"),

@@ -12,7 +12,7 @@ import pytest
 from functions.retries import LOST_ATTEMPTS_MAX, NO_PAST, look_back
 from headrace.model import ErrorInfo
 from headrace.names import invocation_id
-from headrace.wire import Attempt, Lease, Outcome, Started, decode, encode
+from headrace.wire import Attempt, Cancel, Lease, Outcome, Started, decode, encode
 from streams import intake
 from streams.link import Link
 from streams.log import AlreadyThere, Log, Record
@@ -183,3 +183,18 @@ async def test_work_that_nobody_can_read_ends_dead(platform: Platform, monkeypat
     assert outcome.state == "dead"
     assert outcome.error is not None
     assert outcome.error.kind == "unreadable"
+
+
+async def test_work_of_a_canceled_run_is_not_begun_by_a_worker_that_starts_later(
+    log: Log, link: Link, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    async with working(log, link, tmp_path) as first:
+        await first.deploy(f"def mark(x):\n    open({str(ran)!r}, 'a').write(x)")
+        await first.answer(await first.trigger("mark", "a"))
+    canceled = await first.trigger("mark", "b")
+    wish = Cancel(run_id=canceled, at=time.time())
+    await log.append([Record(cancel_subject(canceled), encode(wish))])
+    async with working(log, link, tmp_path) as second:
+        await second.answer(await first.trigger("mark", "c"))
+    assert ran.read_text() == "ac"

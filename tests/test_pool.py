@@ -17,7 +17,16 @@ import msgspec
 import pytest
 import uvloop
 
-from headrace.errors import BadRequest, ChildLost, FunctionError, LoadError, TimeLimit, UserError
+from headrace.errors import (
+    BadRequest,
+    ChildLost,
+    FunctionError,
+    LoadError,
+    OutOfMemory,
+    OverLimit,
+    TimeLimit,
+    UserError,
+)
 from headrace.model import Code
 from headrace.wire import JSON, PICKLE, Ask, ChildLimits, EventMeta, Granted, Invoke, Returned, Said
 from workers.pool import Pool
@@ -92,8 +101,16 @@ class Runs:
 
 
 @contextlib.asynccontextmanager
-async def pool_of(folder: Path, slots: int = 2, **limits: Any) -> AsyncIterator[Runs]:
-    pool = Pool(slots, limits=ChildLimits(**limits), scratch=folder / "scratch")
+async def pool_of(
+    folder: Path, slots: int = 2, *, use_groups: bool = True, disk_bytes_min: int = 0, **limits: Any
+) -> AsyncIterator[Runs]:
+    pool = Pool(
+        slots,
+        limits=ChildLimits(**limits),
+        scratch=folder / "scratch",
+        use_groups=use_groups,
+        disk_bytes_min=disk_bytes_min,
+    )
     await pool.start()
     try:
         yield Runs(pool)
@@ -118,7 +135,7 @@ async def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
 def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
 
@@ -392,7 +409,7 @@ async def test_what_was_printed_before_a_crash_is_kept(runs: Runs) -> None:
 
 async def test_memory_over_the_limit_is_told_with_the_limit(tmp_path: Path) -> None:
     async with pool_of(tmp_path, memory_bytes_max=256 * MIB) as runs:
-        with pytest.raises(UserError, match="ran out of memory; its limit is 256 MiB") as seen:
+        with pytest.raises(OutOfMemory, match="ran out of memory; its limit is 256 MiB") as seen:
             await runs.run("def run(data):\n    x = []\n    while True:\n        x.append(bytearray(10**7))")
         assert "line 4, in run" in seen.value.traceback
         assert seen.value.retry
@@ -914,5 +931,6 @@ async def test_pools_may_share_a_scratch_folder(tmp_path: Path) -> None:
 
 
 def test_errors_of_functions_have_a_kind() -> None:
-    assert {kind.kind for kind in (LoadError, UserError, TimeLimit, ChildLost)} == {"load", "user", "timeout", "lost"}
+    kinds = (LoadError, UserError, OutOfMemory, OverLimit, TimeLimit, ChildLost)
+    assert [kind.kind for kind in kinds] == ["load", "user", "memory", "limit", "timeout", "lost"]
     assert issubclass(ChildLost, FunctionError)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from functions.scopes import Fill, Scope, tally, upward
 from headrace.model import ErrorInfo
 from headrace.wire import Gather, Invocation, Outcome, RunEnd, Slot, decode
@@ -25,7 +27,7 @@ OUTCOME = Outcome(
 
 
 def fill(
-    index: int, *, size: int = 2, seq: int = 0, then: str | None = "join", failed: bool = False, **slot: Slot
+    index: int, *, size: int = 2, seq: int = 0, then: str | None = "join", failed: bool = False, **slot: Any
 ) -> Fill:
     place = Slot(scope="s", index=index, size=size, then=then, then_version="v", opened_by="root", **slot)
     error = ErrorInfo(kind="user", message="broken") if failed else None
@@ -53,6 +55,12 @@ def test_the_tally_that_fills_the_scope_starts_the_join_with_all_outcomes_in_ord
     assert decode(joined.payload.body, Gather).outcomes == [9, 8, 7]
     assert (joined.function, joined.parent_id, joined.slot) == ("join", "root", None)
     assert records[-1].subject == "hr.tally.r.s"
+
+
+def test_the_join_keeps_what_the_route_said_about_being_late() -> None:
+    scope = Scope(size=1)
+    records = count(scope, fill(0, size=1, on_late="cancel"))
+    assert decode(records[0].body, Invocation).on_late == "cancel"
 
 
 def test_a_slot_counts_once_however_often_it_is_reported() -> None:

@@ -26,8 +26,18 @@ def test_needs_something():
 """
 
 
-@pytest.mark.parametrize("source", [INSIDE, WHOLE])
-@pytest.mark.parametrize(("ci", "code"), [("", 0), ("true", 1)])
+RIGHT = """
+import pytest
+
+def test_needs_a_right():
+    pytest.skip("not permitted here: this user may not mount")
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "ci", "code"),
+    [(INSIDE, "", 0), (INSIDE, "true", 1), (WHOLE, "", 0), (WHOLE, "true", 1), (RIGHT, "", 0), (RIGHT, "true", 0)],
+)
 def test_a_skip_is_a_failure_where_everything_has_to_be_installed(
     tmp_path: Path, source: str, ci: str, code: int
 ) -> None:

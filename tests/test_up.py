@@ -98,7 +98,7 @@ def test_the_servers_log_lines_are_json_objects(shared_platform: UpProcess) -> N
         path = shared_platform.data / "logs" / f"{role}.log"
         assert _mode(path) == 0o600
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        assert lines[0]["event"] == "ready"
+        assert "ready" in [line["event"] for line in lines]
         assert {line["role"] for line in lines} == {role}
 
 
@@ -238,7 +238,7 @@ def test_a_server_that_cannot_start_is_told_with_its_last_words(tmp_path: Path) 
 def test_the_doctor_finds_a_running_platform_well(shared_platform: UpProcess) -> None:
     looked = _infra("doctor", "--data", str(shared_platform.data), "--json")
     findings = {finding["check"]: finding for finding in json.loads(looked.stdout)["findings"]}
-    assert {"python", "nats-server", "redis-server", "disk", "rights", "platform", "sync_interval", "clock"} <= set(
+    assert {"python", "processes", "nats-server", "disk", "rights", "platform", "sync_interval", "clock"} <= set(
         findings
     )
     assert {f["check"] for f in findings.values() if f["state"] == "failed"} == set()

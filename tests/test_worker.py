@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -108,15 +109,13 @@ class Platform:
 
 
 @asynccontextmanager
-async def working(log: Log, link: Link, folder: Path, work_age_max_s: float = 86400.0) -> AsyncIterator[Platform]:
+async def working(log: Log, link: Link, folder: Path, **settings: Any) -> AsyncIterator[Platform]:
     """Have a worker at work on a log."""
     tables = await open_tables(link)
     blobs = FolderBlobs(folder / "blobs")
     pool = Pool(2, limits=ChildLimits(), scratch=folder / "scratch")
     await pool.start()
-    worker = Worker(
-        Tools(name="w1", log=log, tables=tables, blobs=blobs, pool=pool, slots=2, work_age_max_s=work_age_max_s)
-    )
+    worker = Worker(Tools(name="w1", log=log, tables=tables, blobs=blobs, pool=pool, slots=2, **settings))
     stop = asyncio.Event()
     running = asyncio.create_task(worker.run(stop))
     yield Platform(log, tables, blobs)

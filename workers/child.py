@@ -16,12 +16,13 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, TimeLimit, UserError
+from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, OutOfMemory, TimeLimit, UserError
 from headrace.failures import size_text
 from headrace.wire import Ask, ChildLimits, Died, FromChild, Granted, Invoke, Raised, Returned, Said, encode
 from workers.deaths import cause, forget_words, last_words
 from workers.line import Line
 from workers.output import OnLine, OnSaid, Output, Pipe
+from workers.watch import Found, Seen
 
 SLACK_BYTES = 64 * 1024
 TELL_S = 0.02  # how long a process that ran too long may take to write down where it is
@@ -33,12 +34,17 @@ _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[Returned | Raised | Said | Ask] = msgspec.msgpack.Decoder(FromChild)
 
 
+_KINDS: dict[str, type[FunctionError]] = {"load": LoadError, "memory": OutOfMemory}
+
+
 class NotTaken(Exception):
     """The process was gone before it could take the invocation: nothing has run, and another may take it."""
 
 
 class Child:
     """A child process. It runs one invocation at a time; ``versions`` says whose code it holds.
+
+    ``group`` is the folder of its control group, where there are any.
 
     ``usable`` turns False when it is told to stop or has died; it never gets another invocation then. ``deserted`` says
     that it went without being told to.
@@ -67,6 +73,8 @@ class Child:
         """
         self.number = number
         self.scratch = scratch
+        self.group: Path | None = None
+        self.pid: int | None = None
         self.versions: set[tuple[str, str]] = set()
         self.usable = True
         self.deserted = False
@@ -99,6 +107,7 @@ class Child:
         self._asking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._left: ChildLost | None = None
+        self._worn = False
 
     # ------------------------------------------------------------ one invocation
 
@@ -134,8 +143,28 @@ class Child:
                 self._asking = None
             self.served += 1
 
+    @property
+    def seen(self) -> Seen | None:
+        """What the watch has to know of it while it runs something; None while it does not."""
+        if self._ended is None or self.pid is None:
+            return None
+        group = "" if self.group is None else str(self.group)
+        return Seen(number=self.number, served=self.served, pid=self.pid, scratch=self.scratch, group=group)
+
+    def heed(self, found: Found) -> None:
+        """Take what the watch has found, unless the invocation that it saw has ended."""
+        if self._ended is None or found.seen.served != self.served:
+            return
+        self._worn = self._worn or found.worn
+        if found.error is None:
+            return
+        self._read_rest()
+        if self._ended is not None:
+            self._fail(type(found.error)(f"{self._function} {found.error}", hint=found.error.hint))
+            self.stop()
+
     def stop(self) -> None:
-        """Have the process and its group ended. Safe to repeat; nothing is waited for."""
+        """Have the process ended, and all that it started. Safe to repeat; nothing is waited for."""
         if self.usable:
             self.usable = False
             self._kill(self.number)
@@ -217,7 +246,7 @@ class Child:
 
     def _take_end(self, message: Returned | Raised) -> None:
         ended = self._end()
-        if message.leave:
+        if message.leave or self._worn:
             self.stop()
         if ended is None or ended.done():
             return
@@ -225,7 +254,7 @@ class Child:
             ended.set_result(message)
         else:
             told = message.error
-            kind = LoadError if told.kind == "load" else UserError
+            kind = _KINDS.get(told.kind, UserError)
             ended.set_exception(kind(told.message, traceback=told.traceback, transient=message.transient))
 
     async def _grant(self, ask: Ask, on_ask: OnAsk) -> None:

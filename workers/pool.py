@@ -16,17 +16,21 @@ from pathlib import Path
 
 import msgspec
 
+from headrace import groups
 from headrace.errors import ChildLost, HeadraceError, LoadError
+from headrace.family import tasks_of_user
 from headrace.model import Code
-from headrace.wire import ChildLimits, Died, Invoke, Returned
+from headrace.wire import Born, ChildLimits, Died, Invoke, Returned
 from workers.child import Child, NotTaken, OnAsk
 from workers.deaths import cause
 from workers.output import OnLine, OnSaid
 from workers.scratch import Scratch
+from workers.watch import LOOK_S, Found, Watch
 from workers.zygote import Zygote, child_environment
 
 BACKOFF_FIRST_S = 0.01
 BACKOFF_MAX_S = 5.0
+USER_TASKS_SPARE = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ class Pool:
         scratch: Path,
         preload: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        disk_bytes_min: int = 0,
+        use_groups: bool = True,
     ) -> None:
         """Describe the pool; nothing is started yet.
 
@@ -51,6 +57,8 @@ class Pool:
             scratch: the folder in which children get folders of their own; pools may share it.
             preload: modules that the zygote imports, where they are installed, so that functions have them at once.
             environment: the environment of functions; None passes on ours. ``HEADRACE_*`` never gets there.
+            disk_bytes_min: free bytes on the disk of ``scratch`` below which nothing new is begun.
+            use_groups: whether to hold children in control groups, where this can be done.
         """
         self._slots = slots
         self._limits = limits
@@ -69,6 +77,10 @@ class Pool:
         self._restarting: asyncio.Task[None] | None = None
         self._removing: set[asyncio.Future[None]] = set()
         self._closing = False
+        self._disk_bytes_min = disk_bytes_min
+        self._use_groups = use_groups
+        self._groups: Path | None = None
+        self._watch: Watch | None = None
 
     @property
     def free(self) -> int:
@@ -88,6 +100,14 @@ class Pool:
         """
         self._closing = False
         self._scratch = Scratch(self._scratch_root)
+        await self._confine()
+        self._watch = Watch(
+            self._limits,
+            scratch=self._scratch.folder,
+            disk_bytes_min=self._disk_bytes_min,
+            running=lambda: [seen for child in self._children.values() if (seen := child.seen) is not None],
+            on_found=self._heed,
+        )
         try:
             await self._start_zygote()
         except BaseException:
@@ -95,9 +115,26 @@ class Pool:
             raise
         self._refill()
 
+    async def _confine(self) -> None:
+        """Find out what can hold a child to its number of processes, and say so."""
+        loop = asyncio.get_running_loop()
+        if self._use_groups:
+            self._groups = await loop.run_in_executor(None, groups.find)
+        if self._groups is not None:
+            _log.info("children are held to %d tasks by control groups in %s", self._limits.tasks_max, self._groups)
+            await loop.run_in_executor(None, groups.sweep, self._groups)
+            return
+        _log.info("children are held to %d tasks by counting every %g s", self._limits.tasks_max, LOOK_S)
+        if os.getuid() != 0:  # the kernel holds root to nothing
+            taken = await loop.run_in_executor(None, tasks_of_user, os.getuid())
+            most = taken + self._slots * self._limits.tasks_max + USER_TASKS_SPARE
+            self._limits = msgspec.structs.replace(self._limits, user_tasks_max=most)
+
     async def close(self) -> None:
         """End all processes, what runs in them included, and remove their folders. Safe to repeat."""
         self._closing = True
+        if self._watch is not None:
+            await self._watch.close()
         if self._refilling is not None:
             self._refilling.cancel()
         if self._restarting is not None:
@@ -143,13 +180,21 @@ class Pool:
             The result and the effects. Nothing is said or printed after it.
 
         Raises:
-            FunctionError: LoadError, UserError, TimeLimit or ChildLost; ``retry`` says whether to try again.
+            FunctionError: LoadError, UserError, OutOfMemory, OverLimit, TimeLimit or ChildLost;
+                ``retry`` says whether to try again.
             Exception: what ``code`` raised; the child is unhurt then.
         """
         key = (invoke.function, invoke.version)
         self._busy += 1
         child: Child | None = None
         try:
+            watch = self._watch
+            assert watch is not None  # noqa: S101 - start() made it
+            if not watch.room.is_set():
+                await watch.room.wait()
+                if self._closing:
+                    raise ChildLost("the worker is stopping")
+            watch.begin()
             while True:
                 child = self._pick(key) or await self._wait()
                 if key in child.versions:
@@ -230,9 +275,36 @@ class Pool:
         number = self._made
         folder = self._scratch.make(number)
         child = Child(number, limits=self._limits, scratch=folder, kill=zygote.kill, tell=zygote.tell)
+        child.group = group = self._make_group()
         self._children[number] = child
-        zygote.fork(number, scratch=str(folder), limits=self._limits, fds=child.theirs)
+        zygote.fork(
+            number,
+            scratch=str(folder),
+            limits=self._limits,
+            group="" if group is None else str(group),
+            fds=child.theirs,
+        )
         return child
+
+    def _make_group(self) -> Path | None:
+        if self._groups is None:
+            return None
+        try:
+            return groups.make(self._groups, self._limits.tasks_max)
+        except OSError as error:
+            _log.warning("no more control groups, so tasks are counted every %g s: %s", LOOK_S, error)
+            self._groups = None
+            return None
+
+    def _child_born(self, report: Born) -> None:
+        child = self._children.get(report.child)
+        if child is not None:
+            child.pid = report.pid
+
+    def _heed(self, found: Found) -> None:
+        child = self._children.get(found.seen.number)
+        if child is not None:
+            child.heed(found)
 
     def _child_died(self, report: Died) -> None:
         child = self._children.pop(report.child, None)
@@ -241,7 +313,7 @@ class Pool:
         child.died(report)
         if child in self._idle:
             self._idle.remove(child)
-        self._remove(child.scratch)
+        self._remove(child)
         if child.deserted and not child.served:
             self._stillborn += 1
             _log.warning("a child died before it served: %s", cause(report.status, report.error))
@@ -260,9 +332,9 @@ class Pool:
         self._refilling = None
         self._refill()
 
-    def _remove(self, folder: Path) -> None:
+    def _remove(self, child: Child) -> None:
         loop = asyncio.get_running_loop()
-        removing = loop.run_in_executor(None, _remove_tree, folder)
+        removing = loop.run_in_executor(None, _remove_all, child.scratch, child.group)
         self._removing.add(removing)
         removing.add_done_callback(self._removing.discard)
 
@@ -272,6 +344,7 @@ class Pool:
         zygote = Zygote(
             preload=self._preload,
             environment=self._environment,
+            on_born=self._child_born,
             on_died=self._child_died,
             on_lost=self._zygote_lost,
         )
@@ -304,5 +377,8 @@ class Pool:
         self._refill()
 
 
-def _remove_tree(folder: Path) -> None:
+def _remove_all(folder: Path, group: Path | None) -> None:
+    """End what is left of a child, and remove its control group and its folder."""
+    if group is not None:
+        groups.remove(group)
     shutil.rmtree(folder, ignore_errors=True)

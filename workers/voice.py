@@ -11,7 +11,7 @@ from headrace.errors import HeadraceError
 from headrace.wire import Note, Said, Started, encode
 from streams.intake import Delivery
 from streams.log import Log, Record
-from streams.topology import note_subject, start_subject
+from streams.topology import fence_subject, note_subject, start_subject
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,13 @@ class Voice:
     """What one attempt says, on its way to the log: gathered for a moment, so that a chatty body costs few messages."""
 
     def __init__(
-        self, log: Log, delivery: Delivery, worker: str, attempt: int, clock: Callable[[], float] = time.time
+        self,
+        log: Log,
+        delivery: Delivery,
+        worker: str,
+        attempt: int,
+        fence: int,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._log = log
         self._clock = clock
@@ -37,6 +43,7 @@ class Voice:
         self._delivery = delivery
         self._worker = worker
         self._attempt = attempt
+        self._fence = fence
         self._started_at = clock()
         self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start)
 
@@ -105,7 +112,16 @@ class Voice:
             started_at=self._started_at,
             parent_id=invocation.parent_id,
         )
-        self._append(Record(start_subject(started.run_id, started.invocation_id, self._attempt), encode(started)))
+        run, identity = started.run_id, started.invocation_id
+        # Guarded as an outcome is: a worker that wakes up late does not say that it has started what has long ended.
+        self._append(
+            Record(
+                start_subject(run, identity, self._attempt),
+                encode(started),
+                fence_subject(run, identity),
+                self._fence,
+            )
+        )
 
     def _append(self, record: Record) -> None:
         task = self._loop.create_task(self._try_append(record))

@@ -36,6 +36,7 @@ from headrace.errors import (
 )
 from headrace.model import Code, ErrorInfo, InvocationState
 from headrace.wire import (
+    RETRACTER,
     SPREAD,
     SPREADER,
     Ask,
@@ -59,6 +60,7 @@ from streams.intake import Delivery, Intake
 from streams.log import AlreadyThere, Log, Record
 from streams.poll import Arrival
 from streams.tables import Tables
+from streams.threads import NOTHING_TO_SETTLE, Settled, settle
 from streams.topology import (
     attempt_subject,
     cancel_subject,
@@ -68,6 +70,7 @@ from streams.topology import (
     run_of,
     start_subject,
 )
+from workers.bound import Bound
 from workers.inputs import Inputs
 from workers.joins import Joins
 from workers.pool import Pool
@@ -90,8 +93,9 @@ class Fenced(Exception):
 class Tools(Struct, frozen=True, kw_only=True):
     """What a worker works with, made and owned by whoever starts it.
 
-    ``work_age_max_s`` is how long work may wait, in seconds, before it is given up on; ``clock`` tells epoch seconds,
-    and ``rng`` the jitter of delays.
+    ``work_age_max_s`` is how long work may wait, in seconds, before it is given up on; ``chain_depth_max`` bounds how
+    many invocations follow one another, ``run_invocations_max`` how many there are in a run; ``clock`` tells epoch
+    seconds, and ``rng`` the jitter of delays.
     """
 
     name: str
@@ -101,6 +105,8 @@ class Tools(Struct, frozen=True, kw_only=True):
     pool: Pool
     slots: int
     work_age_max_s: float = 86400.0
+    chain_depth_max: int = effects.DEPTH_MAX
+    run_invocations_max: int = effects.INVOCATIONS_MAX
     clock: Callable[[], float] = time.time
     rng: random.Random = msgspec.field(default_factory=random.Random)
 
@@ -120,6 +126,7 @@ class Worker:
         self._running: dict[str, set[asyncio.Task[Any] | None]] = {}
         self._canceled: OrderedDict[str, None] = OrderedDict()
         self._inputs = Inputs(tools.log, tools.blobs)
+        self._bound = Bound(tools.log, tools.run_invocations_max)
         self._cancels_read = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, drain_s: float = 10.0) -> None:
@@ -186,9 +193,10 @@ class Worker:
             Unavailable: the log does not answer; nothing was acknowledged.
         """
         invocation = delivery.invocation
-        if invocation.run_id in self._canceled:
+        settled, error = await self._settle(invocation)
+        if settled.overruled or invocation.run_id in self._canceled:
             return True
-        past = NO_PAST if delivery.delivered == 1 else await self._past(invocation)
+        past = NO_PAST if delivery.fresh else await self._past(invocation)
         if past.done is not None:
             await self._fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
             return True
@@ -196,10 +204,10 @@ class Worker:
         if wait_s > 0.005:
             await delivery.give_back(wait_s)
             return False
-        hopeless = self._hopeless(invocation, past)
+        now = self._clock()
+        hopeless = self._hopeless(invocation, past) if error is None else ("dead", error)
         if hopeless is not None:
             state, error = hopeless
-            now = self._clock()
             outcome, unit = effects.fail(invocation, self._tried(delivery, past, now, now), error, state)
             await self._commit(outcome, unit)
             return True
@@ -207,7 +215,22 @@ class Worker:
             slot_free()
             await self._spread(delivery, past)
             return True
+        if invocation.function == RETRACTER:
+            slot_free()
+            tried = self._tried(delivery, past, now, self._clock())
+            await self._commit(*effects.retract(invocation, tried, settled.over, self._world()))
+            return True
         return await self._attempt(delivery, past, slot_free)
+
+    async def _settle(self, invocation: Invocation) -> tuple[Settled, ErrorInfo | None]:
+        """Say what the event of a run overrules, as its gateway did unless it died. It does so also if it is canceled:
+        that stops its function, and does not take back the event."""
+        if not invocation.places:
+            return NOTHING_TO_SETTLE, None
+        try:
+            return await settle(self._log, invocation, self._clock()), None
+        except TooLarge as error:
+            return NOTHING_TO_SETTLE, ErrorInfo(kind="thread", message=f"{error}. {error.hint}")
 
     async def _past(self, invocation: Invocation) -> Past:
         """Look for what earlier deliveries left."""
@@ -275,9 +298,9 @@ class Worker:
                     f"version {invocation.version} of {invocation.function} is not registered", hint="Deploy it again."
                 )
             kind, body = await self._inputs.body(invocation)
-            if delivery.delivered > 1:
+            if not delivery.fresh:
                 past = await self._claim(delivery, past)
-            voice = Voice(self._log, delivery, self._tools.name, past.attempt, self._clock)
+            voice = Voice(self._log, delivery, self._tools.name, past.attempt, past.fence, self._clock)
             returned = await self._run(delivery, past, record, kind, body, voice)
         except FunctionError as failure:
             error = failure
@@ -363,6 +386,12 @@ class Worker:
 
     async def _succeed(self, delivery: Delivery, tried: Attempted, returned: Returned, notes: list[Record]) -> None:
         """Commit the outcome and its effects as one unit, then count the slot it fills."""
+        async with self._bound.hold(delivery.invocation, effects.started_by(returned.effects)):
+            await self._append_success(delivery, tried, returned, notes)
+
+    async def _append_success(
+        self, delivery: Delivery, tried: Attempted, returned: Returned, notes: list[Record]
+    ) -> None:
         blobs = self._tools.blobs
         kept = {
             position: await check_in(_listed(payloads), blobs)
@@ -375,13 +404,18 @@ class Worker:
             answer=None if returned.answer is None else await check_in(returned.answer, blobs),
             effects=[await _checked_in(e, blobs) for e in returned.effects] if returned.effects else [],
             kept=kept,
-            world=World(
-                function=self._tools.tables.function,
-                routes=self._tools.tables.routes.items().values(),
-                now=time.time(),
-            ),
+            world=self._world(),
         )
         await self._commit(outcome, [*notes, *unit])
+
+    def _world(self) -> World:
+        tables = self._tools.tables
+        return World(
+            function=tables.function,
+            routes=tables.routes.items().values(),
+            now=self._clock(),
+            depth_max=self._tools.chain_depth_max,
+        )
 
     async def _commit(self, outcome: Outcome, unit: list[Record]) -> None:
         for _ in range(CLASHES_MAX):
@@ -408,7 +442,7 @@ class Worker:
             return True
         if newest is not None and newest.seq > fence:
             raise Fenced
-        return await self._log.last(cancel_subject(run)) is not None
+        return await self._log.last(cancel_subject(run, "*")) is not None
 
     async def _fill(self, outcome: Outcome, seq: int, at: float) -> None:
         if outcome.slot is not None:
@@ -456,12 +490,17 @@ class Worker:
         """Start one part of a large map."""
         started_at = self._clock()
         work = decode(delivery.invocation.payload.body, Spread)
-        payloads = await self._inputs.members(work)
-        tried = self._tried(delivery, past, started_at, self._clock())
-        with contextlib.suppress(AlreadyThere):
-            await self._log.append(
-                effects.spread(delivery.invocation, tried, work, payloads, self._clock()), timeout_s=APPEND_TIMEOUT_S
-            )
+        try:
+            async with self._bound.hold(delivery.invocation, work.last - work.first):
+                payloads = await self._inputs.members(work)
+                tried = self._tried(delivery, past, started_at, self._clock())
+                unit = effects.spread(delivery.invocation, tried, work, payloads, self._clock())
+                with contextlib.suppress(AlreadyThere):
+                    await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
+        except UserError as error:
+            tried = self._tried(delivery, past, started_at, self._clock())
+            info = ErrorInfo(kind=error.kind, message=_told(error))
+            await self._commit(*effects.fail(delivery.invocation, tried, info))
 
     # ------------------------------------------------------------ what nobody can read
 
@@ -483,11 +522,11 @@ class Worker:
 
     async def _follow_cancels(self) -> None:
         """Hear of runs to be canceled: stop what runs of them, and drop what comes later."""
-        newest = await self._log.last("hr.cancel.*")
+        newest = await self._log.last(cancel_subject("*", "*"))
         known_up_to = 0 if newest is None else newest.seq
         if not known_up_to:
             self._cancels_read.set()
-        async with aclosing(follow(self._log, ["hr.cancel.*"], after=0)) as batches:
+        async with aclosing(follow(self._log, [cancel_subject("*", "*")], after=0)) as batches:
             async for batch in batches:
                 for stored in batch:
                     run = run_of(stored.subject)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from headrace.errors import HeadraceError
-from headrace.wire import ChildLimits, Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
+from headrace.wire import Born, ChildLimits, Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
 
 MESSAGE_BYTES_MAX = 64 * 1024
 READY_S = 60.0  # NumPy on a cold network file system takes its time
@@ -44,18 +44,24 @@ def child_environment(inherited: Mapping[str, str], slots: int) -> dict[str, str
 
 
 class Zygote:
-    """One zygote process. ``on_died`` hears of each child that ended, ``on_lost`` of the end of the zygote itself."""
+    """One zygote process.
+
+    ``on_born`` hears of each child that was made, ``on_died`` of each that ended, ``on_lost`` of the end of the zygote
+    itself.
+    """
 
     def __init__(
         self,
         *,
         preload: Sequence[str],
         environment: Mapping[str, str],
+        on_born: Callable[[Born], None],
         on_died: Callable[[Died], None],
         on_lost: Callable[[], None],
     ) -> None:
         self._preload = list(preload)
         self._environment = dict(environment)
+        self._on_born = on_born
         self._on_died = on_died
         self._on_lost = on_lost
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,12 +124,12 @@ class Zygote:
             process.send_signal(signal.SIGKILL)
             await ended
 
-    def fork(self, number: int, *, scratch: str, limits: ChildLimits, fds: Sequence[int]) -> None:
+    def fork(self, number: int, *, scratch: str, limits: ChildLimits, group: str, fds: Sequence[int]) -> None:
         """Order a child and hand over these descriptors, which are closed here when they are on their way."""
-        self._order(Fork(child=number, scratch=scratch, limits=limits), list(fds))
+        self._order(Fork(child=number, scratch=scratch, limits=limits, group=group), list(fds))
 
     def kill(self, number: int) -> None:
-        """Order the end of a child and its process group; its death is reported when it has happened."""
+        """Order the end of a child and of all that it started; its death is reported when it has happened."""
         self._order(Kill(child=number), [])
 
     def tell(self, number: int) -> None:
@@ -170,6 +176,8 @@ class Zygote:
             report = _reports.decode(message)
             if isinstance(report, Died):
                 self._on_died(report)
+            elif isinstance(report, Born):
+                self._on_born(report)
             elif isinstance(report, Ready) and self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
 

@@ -253,6 +253,7 @@ function merge(run, data) {
     const { kind, message } = data.error;
     run.error = { kind: String(kind), message: String(message).slice(0, MESSAGE_CHARS_MAX) };
   }
+  if (data.retracted_by) run.error = { kind: "retracted", message: `by the run ${data.retracted_by}` };
   if (data.invocations) takeSteps(run, data);
   else run.stepsTotal = Math.max(run.stepsTotal, data.invocations_total ?? 0);
 }

@@ -1,0 +1,342 @@
+"""Which of the waiting pieces of work starts next, and which is not worth starting.
+
+Earliest deadline first, as long as everything that waits is expected to make its deadline. Where it is not, plain
+deadline order collapses: it starts one piece after another just too late. So work is put off until the rest fits again,
+the one with the least value per second of a slot first (Moore and Hodgson's rule), and what can no longer make its
+deadline waits behind what can. A tenant that holds far more than its even share is put off before all others, so
+another's urgent work does not feel its queue. Work without deadline, and work that missed it, shares what is left
+among tenants by the time they used, and a small share of the slots in any case: it never starves. Inside a tenant the
+run that is expected to need least goes first, aged by its waiting, and inside a run the longest remaining path.
+
+The caller tells the time and how long its slots are still busy; nothing here waits, asks or remembers the past.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from functions.due import NEED_S_MIN, Due, Entry
+from functions.forecast import mean_s
+from functions.reserve import Reserve
+
+SHARE = 0.05  # of the time of the slots, for work without deadline, whatever else waits
+OWED_S_MAX = 3600.0
+UNKNOWN_PART = 0.25  # work without history is taken to need this part of the time that it was given
+UNKNOWN_S = 1.0  # and so much where it was given none
+HOG_SHARES = 2.0  # a tenant holding more than so many even shares of the urgent work is put off first
+NEAR = 32  # so many of the earliest deadlines are looked at one by one at each decision
+FAR_BLOCKS = 4  # blocks of what is due later that a decision looks at, on average
+PUT_OFF_MAX = 8  # at one decision, among these; the next decision goes on
+REST_VALUE = 0.1  # of its value is lost when work without deadline waits for another slot
+LATE_PART = 0.5  # of those, so many may look late before any is put off
+STILL_POSSIBLE = 0.5  # of p50: with less time left than this, work is late
+RUN_STRETCH = 8.0  # a second that a run needs counts as so many seconds of waiting
+
+
+class Work(Struct, frozen=True, kw_only=True):
+    """A piece of work that waits.
+
+    ``p50_s`` and ``p90_s`` are what is expected of its duration, None without history. ``value`` is what an answer in
+    time is worth. ``subject``: of all with the same subject only the newest is worth starting; None: each is.
+    ``if_late``: "cancel" if it is not worth starting after its deadline. ``run_s`` is how much work its whole run was
+    expected to be, ``run_at`` the instant that began, ``path_s`` the longest path from here to the end of the run.
+    """
+
+    id: str
+    tenant: str
+    arrived: float
+    deadline: float | None = None
+    p50_s: float | None = None
+    p90_s: float | None = None
+    value: float = 1.0
+    subject: str | None = None
+    if_late: str = "continue"
+    run_s: float = 0.0
+    run_at: float | None = None
+    path_s: float = 0.0
+
+
+class Decision(Struct, frozen=True):
+    """What to start, None if nothing waits, and what is not worth starting any more."""
+
+    start: Work | None
+    give_up: tuple[Work, ...] = ()
+
+
+def entry_of(work: Work) -> Entry:
+    """Return the work with what it is expected to need, and its worth: value per second of a slot."""
+    if work.p50_s is None:
+        likely = UNKNOWN_S if work.deadline is None else UNKNOWN_PART * (work.deadline - work.arrived)
+        need = likely
+    else:
+        likely = work.p50_s
+        need = mean_s(likely, likely if work.p90_s is None else work.p90_s)
+    need = max(NEED_S_MIN, need)
+    return Entry(work.id, work.tenant, math.inf if work.deadline is None else work.deadline, likely, need, work.value)
+
+
+class Rest:
+    """Work without a deadline to make: tenants by the time they used, inside a tenant the shortest run first."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[tuple[float, float, int, Work, float]]] = {}
+        self._turns: list[tuple[float, str]] = []
+        self._used_s: dict[str, float] = {}
+        self._now_s = 0.0
+
+    def add(self, work: Work, entry: Entry, number: int) -> None:
+        """Let it wait."""
+        queue = self._of.get(work.tenant)
+        if queue is None:
+            queue = self._of[work.tenant] = []
+            # A tenant that comes back has no claim on the time in which it had no work.
+            used = max(self._used_s.get(work.tenant, 0.0), self._now_s)
+            self._used_s[work.tenant] = used
+            heapq.heappush(self._turns, (used, work.tenant))
+        began = work.arrived if work.run_at is None else work.run_at
+        rank = began + RUN_STRETCH * (work.run_s or entry.need_s)
+        heapq.heappush(queue, (rank, -work.path_s, number, work, entry.need_s))
+
+    def head(self, waiting: dict[str, Entry]) -> Work | None:
+        """Return what is next, and leave it there; what no longer waits here is forgotten."""
+        while self._turns:
+            used, tenant = self._turns[0]
+            queue = self._of[tenant]
+            while queue:
+                work = queue[0][3]
+                entry = waiting.get(work.id)
+                if entry is not None and entry.number == queue[0][2]:
+                    return work
+                heapq.heappop(queue)
+            heapq.heappop(self._turns)
+            del self._of[tenant]
+            self._now_s = max(self._now_s, used)
+        return None
+
+    def pop(self) -> None:
+        """Take what ``head`` has just returned, on its tenant's account."""
+        used, tenant = self._turns[0]
+        need_s = heapq.heappop(self._of[tenant])[4]
+        self._now_s = max(self._now_s, used)
+        self._used_s[tenant] = used + need_s
+        heapq.heapreplace(self._turns, (used + need_s, tenant))
+
+
+class Order:
+    """All that waits for one set of slots."""
+
+    def __init__(self, *, slots: int, share: float = SHARE) -> None:
+        """Begin with nothing.
+
+        Args:
+            slots: how many pieces of work run at a time.
+            share: the part of the time of the slots that work without deadline gets in any case, 0 to 1.
+        """
+        self._slots = slots
+        self._share = share
+        self._work: dict[str, Work] = {}
+        self._entries: dict[str, Entry] = {}
+        self._subjects: dict[tuple[str, str], str] = {}
+        self._due = Due()
+        self._put_off: list[tuple[float, int, str]] = []
+        self._rest = Rest()
+        self._held_s: dict[str, float] = defaultdict(float)
+        self._reserve = Reserve()
+        self._owed_s = 0.0
+        self._owed_at: float | None = None
+        self._number = 0
+        self._since_far = 0
+
+    def __len__(self) -> int:
+        """How many pieces of work wait."""
+        return len(self._work)
+
+    def add(self, work: Work, now: float) -> Work | None:
+        """Let work wait. Return the older work of the same tenant and subject that it replaces, if there is one."""
+        older: Work | None = None
+        if work.subject is not None:
+            key = (work.tenant, work.subject)
+            known = self._work.get(self._subjects.get(key, ""))
+            if known is not None and known.arrived > work.arrived:
+                return work
+            older = None if known is None else self.drop(known.id)
+            self._subjects[key] = work.id
+        entry = entry_of(work)
+        self._number += 1
+        entry.number = self._number
+        self._work[work.id] = work
+        self._entries[work.id] = entry
+        if entry.deadline < math.inf:
+            self._reserve.saw(entry.deadline - now - entry.likely_s, work.value, entry.need_s, now)
+        if now + entry.likely_s <= entry.deadline < math.inf:
+            self._hold(entry)
+        elif self._possible(entry, now) and entry.deadline < math.inf:
+            self._defer(entry)
+        else:
+            self._rest.add(work, entry, entry.number)
+        return older
+
+    def drop(self, identity: str) -> Work | None:
+        """Let go of work that waits, as it was cancelled or is another's; None if it does not wait here."""
+        work = self._work.pop(identity, None)
+        if work is None:
+            return None
+        entry = self._entries.pop(identity)
+        if entry.held:
+            self._let_go(entry)
+        if work.subject is not None:
+            self._subjects.pop((work.tenant, work.subject), None)
+        return work
+
+    def take(self, now: float, busy_s: Sequence[float] = ()) -> Decision:
+        """Return what to start on a slot that is free now.
+
+        Args:
+            now: the present instant.
+            busy_s: for each slot that is busy, how many seconds more it is expected to be.
+        """
+        given_up: list[Work] = []
+        busy = sorted(busy_s)
+        self._relieve(now, busy)
+        rest = self._next_of_rest(now, given_up)
+        if rest is not None and self._owed(now) >= self._entries[rest.id].need_s:
+            return self._start_rest(rest, given_up)
+        for entry in self._due.near(NEAR):
+            if self._work[entry.id].value >= self._reserve.cost(entry.need_s, busy, self._slots, now):
+                return self._start(self._work[entry.id], given_up)
+        best = self._first_put_off(now)
+        if best is not None and self._work[best.id].value >= self._reserve.cost(best.need_s, busy, self._slots, now):
+            return self._start(self._work[best.id], given_up)
+        # Work that is late may have come into the rest while the best of what was put off was looked for.
+        rest = self._next_of_rest(now, given_up)
+        if rest is not None:
+            need_s = self._entries[rest.id].need_s
+            if REST_VALUE * rest.value >= self._reserve.cost(need_s, busy, self._slots, now):
+                return self._start_rest(rest, given_up)
+        return Decision(None, tuple(given_up))
+
+    def _owed(self, now: float) -> float:
+        """Return how many seconds of a slot the rest has a claim to; it grows while some of it waits."""
+        if self._owed_at is not None:
+            self._owed_s += self._share * self._slots * max(0.0, now - self._owed_at)
+            self._owed_s = min(OWED_S_MAX, self._owed_s)
+        self._owed_at = now
+        return self._owed_s
+
+    def _start_rest(self, work: Work, given_up: list[Work]) -> Decision:
+        self._owed_s = max(0.0, self._owed_s - self._entries[work.id].need_s)
+        self._rest.pop()
+        return self._start(work, given_up)
+
+    def _start(self, work: Work, given_up: list[Work]) -> Decision:
+        self.drop(work.id)
+        return Decision(work, tuple(given_up))
+
+    def _hold(self, entry: Entry) -> None:
+        entry.held = True
+        self._held_s[entry.tenant] += entry.need_s
+        self._due.add(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        entry.held = False
+        self._due.remove(entry)
+        left = self._held_s[entry.tenant] - entry.need_s
+        if left > NEED_S_MIN / 2:
+            self._held_s[entry.tenant] = left
+        else:
+            del self._held_s[entry.tenant]
+
+    def _defer(self, entry: Entry) -> None:
+        heapq.heappush(self._put_off, (-entry.worth, entry.number, entry.id))
+
+    @staticmethod
+    def _possible(entry: Entry, now: float) -> bool:
+        return now + STILL_POSSIBLE * entry.likely_s <= entry.deadline
+
+    def _hogs(self) -> frozenset[str]:
+        """Return the tenants that hold far more than their even share of the urgent work."""
+        if len(self._held_s) < 2:
+            return frozenset()
+        bound = HOG_SHARES * sum(self._held_s.values()) / len(self._held_s)
+        return frozenset(tenant for tenant, held in self._held_s.items() if held > bound)
+
+    def _relieve(self, now: float, busy_s: Sequence[float]) -> None:
+        """Put work off until what remains is expected to make its deadlines."""
+        self._since_far += 1
+        if len(self._due) > NEAR and self._since_far * FAR_BLOCKS >= self._due.blocks:
+            gone, all_of_them = self._due.overfull(now, sum(busy_s), self._slots, self._hogs())
+            if all_of_them:
+                self._since_far = 0
+            for entry in gone:
+                self._move(entry, now)
+        for _ in range(PUT_OFF_MAX):
+            late = self._first_late(now, busy_s)
+            if late is None:
+                self._restore(now, busy_s)
+                return
+            self._move(late, now)
+
+    def _restore(self, now: float, busy_s: Sequence[float]) -> None:
+        """Take the best of what was put off back, if all that is due next still makes its deadline then."""
+        entry = None if len(self._due) >= NEAR else self._first_put_off(now)
+        if entry is None:
+            return
+        self._hold(entry)
+        if self._first_late(now, busy_s) is None:
+            heapq.heappop(self._put_off)
+        else:
+            self._let_go(entry)
+
+    def _first_late(self, now: float, busy_s: Sequence[float]) -> Entry | None:
+        """Return what to put off so that of the few that are due next fewer would be late; None if all is well.
+
+        A few that are expected to be a little late are left alone: forecasts err, and one that ends early makes room.
+        """
+        # Shortest first is a heap, and no more slots than pieces of work are of interest.
+        free = [*(0.0,) * (self._slots - len(busy_s)), *busy_s][:NEAR]
+        near = self._due.near(NEAR)
+        first = late = 0
+        for place, entry in enumerate(near):
+            begin = free[0]
+            if now + begin + entry.likely_s > entry.deadline:
+                if begin <= 0.0:
+                    return entry
+                first = first if late else place
+                late += 1
+            heapq.heapreplace(free, begin + entry.need_s)
+        if late == 0 or late < LATE_PART * len(near):
+            return None
+        return self._due.least(near[: first + 1], self._hogs())
+
+    def _move(self, entry: Entry, now: float) -> None:
+        self._let_go(entry)
+        if self._possible(entry, now):
+            self._defer(entry)
+        else:
+            self._rest.add(self._work[entry.id], entry, entry.number)
+
+    def _first_put_off(self, now: float) -> Entry | None:
+        """Return the best of what was put off, and leave it there; what became late meanwhile joins the rest."""
+        while self._put_off:
+            _, number, identity = self._put_off[0]
+            entry = self._entries.get(identity)
+            if entry is not None and entry.number == number and not entry.held:
+                if self._possible(entry, now):
+                    return entry
+                self._rest.add(self._work[identity], entry, number)
+            heapq.heappop(self._put_off)
+        return None
+
+    def _next_of_rest(self, now: float, given_up: list[Work]) -> Work | None:
+        while (work := self._rest.head(self._entries)) is not None:
+            if work.deadline is None or now <= work.deadline or work.if_late != "cancel":
+                return work
+            self.drop(work.id)
+            given_up.append(work)
+        self._owed_s, self._owed_at = 0.0, None
+        return None

@@ -1,0 +1,6 @@
+"""Deadlines kept, in simulated time: measured arrivals and durations under five orders, and how far any could get.
+
+Rooms: ``traces`` (arrivals and durations), ``dags`` (workflows), ``policies`` (the orders), ``simulator`` (slots and
+time), ``oracle`` (who knows the future), ``makespans`` (workflows without deadline), ``report`` (the table),
+``calibration`` (what the stated p90 covers). ``data/`` holds the traces, with the notice of their sources.
+"""

@@ -1,0 +1,269 @@
+"""Is everything as it was promised? Told from the log, from what functions did outside, and from what senders know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from headrace.errors import Unavailable
+from headrace.names import invocation_id
+from headrace.wire import Attempt, Gather, Invocation, Lease, Outcome, RunEnd, Tally, decode, encode
+from streams.ledger import DEAD, DEAD_LEFT, DEAD_RUNS, LAYOUT, OPEN, POSITION, RUNS, TOTALS, WHOLE
+from streams.record import InvocationRecord, RunRecord, fold_run
+from streams.stored import Stored
+from tests.simulation import programs
+from tests.simulation.server import Kept
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Facts:
+    """The log, sorted out."""
+
+    def __init__(self, log: list[Kept]) -> None:
+        self.by_run: dict[str, list[Stored]] = {}
+        self.first: dict[str, Invocation] = {}
+        self.works: dict[str, list[tuple[int, Invocation]]] = {}
+        self.dones: dict[str, list[tuple[int, Outcome]]] = {}
+        self.leases: dict[str, list[tuple[int, Lease]]] = {}
+        self.tries: dict[str, list[tuple[int, Attempt]]] = {}
+        self.tallies: dict[str, list[tuple[int, Tally]]] = {}
+        self.ends: dict[str, list[tuple[int, RunEnd]]] = {}
+        self.cancels: dict[str, int] = {}
+        for seq, subject, body, at, _, tokens in log:
+            kind = tokens[1]
+            run = tokens[4] if kind == "work" else tokens[2]
+            self.by_run.setdefault(run, []).append(Stored(seq, subject, body, at))
+            match kind:
+                case "work":
+                    work = decode(body, Invocation)
+                    self.works.setdefault(work.invocation_id, []).append((seq, work))
+                    if work.parent_id is None:
+                        self.first[run] = work
+                case "done":
+                    done = decode(body, Outcome)
+                    self.dones.setdefault(done.invocation_id, []).append((seq, done))
+                    if done.end is not None:
+                        self.ends.setdefault(run, []).append((seq, done.end))
+                case "end":
+                    self.ends.setdefault(run, []).append((seq, decode(body, RunEnd)))
+                case "lease":
+                    lease = decode(body, Lease)
+                    self.leases.setdefault(lease.invocation_id, []).append((seq, lease))
+                case "try":
+                    tried = decode(body, Attempt)
+                    self.tries.setdefault(tried.invocation_id, []).append((seq, tried))
+                case "tally":
+                    self.tallies.setdefault(tokens[3], []).append((seq, decode(body, Tally)))
+                case "cancel":
+                    self.cancels.setdefault(run, seq)
+        self.records = {run: folded for run, facts in self.by_run.items() if (folded := fold_run(facts)) is not None}
+
+
+def check(world: World) -> list[str]:
+    """Return what is wrong, each in a line that begins with its kind; nothing where all is well."""
+    facts = Facts(world.server.log)
+    return [
+        *_lost(world, facts),
+        *_doubled(facts),
+        *_fencing(facts),
+        *_joins(facts),
+        *_runs(world, facts),
+        *_ghosts(world, facts),
+        *_heard(world, facts),
+        *_read_model(world, facts),
+        *{f"died: {name} of {error!r}" for name, error in world.ended if error and not isinstance(error, Unavailable)},
+    ]
+
+
+def _lost(world: World, facts: Facts) -> list[str]:
+    wrong = [f"lost: {t.event} was accepted and is not in the log" for t in world.triggers if t.accepted and t.run not in facts.first]
+    return wrong + [f"lost: the run {run} has not ended, it is {r.state}" for run, (r, _) in facts.records.items() if not r.ended]
+
+
+def _doubled(facts: Facts) -> list[str]:
+    wrong = []
+    for what, found in (("outcomes", facts.dones), ("starts", facts.works)):
+        for identity, several in found.items():
+            if len(several) > 1:
+                wrong.append(f"doubled: {identity} has {len(several)} {what}, at {[seq for seq, _ in several]}")
+    for run, ends in facts.ends.items():
+        if len(ends) > 1:
+            wrong.append(f"doubled: the run {run} ended {len(ends)} times, at {[seq for seq, _ in ends]}")
+    return wrong
+
+
+def _fencing(facts: Facts) -> list[str]:
+    """What stands in the log was written by the holder of the newest lease of its time, and attempts only grow."""
+    wrong = []
+    for identity, leases in facts.leases.items():
+        numbers = [lease.attempt for _, lease in leases]
+        if numbers != sorted(set(numbers)):
+            wrong.append(f"fencing: the leases of {identity} have the numbers {numbers}")
+        for seq, done in facts.dones.get(identity, []):
+            holder = max((lease for lease in leases if lease[0] < seq), default=None)
+            if holder is not None and holder[1].attempt > done.attempts:
+                wrong.append(f"fencing: attempt {done.attempts} of {identity} committed after lease {holder[1].attempt}")
+            if any(at > seq for at, _ in leases):
+                wrong.append(f"fencing: {identity} was taken over after its outcome")
+        for seq, tried in facts.tries.get(identity, []):
+            if any(at < seq and lease.attempt > tried.attempt for at, lease in leases):
+                wrong.append(f"fencing: attempt {tried.attempt} of {identity} failed after a newer lease")
+    for identity, tries in facts.tries.items():
+        done_at = min((seq for seq, _ in facts.dones.get(identity, [])), default=1 << 60)
+        if any(seq > done_at for seq, _ in tries):
+            wrong.append(f"fencing: an attempt of {identity} failed after its outcome")
+    return wrong
+
+
+def _joins(facts: Facts) -> list[str]:
+    """Each slot counts once, with the outcome that filled it, and a join gets the results in order."""
+    wrong = []
+    outcome_at = {seq: done for several in facts.dones.values() for seq, done in several}
+    for scope, tallies in facts.tallies.items():
+        filled = [(index, seq) for _, tally in tallies for index, seq in tally.filled]
+        twice = [index for index, n in Counter(index for index, _ in filled).items() if n > 1]
+        if twice:
+            wrong.append(f"doubled: the slots {twice} of {scope} were counted more than once")
+        for index, seq in filled:
+            if seq not in outcome_at:
+                wrong.append(f"wrong: slot {index} of {scope} names {seq}, which is no outcome")
+        for _, then in facts.works.get(invocation_id(scope, "then"), []):
+            gathered = decode(then.payload.body, Gather)
+            if gathered.outcomes != [seq for _, seq in sorted(filled)]:
+                wrong.append(f"wrong: the join of {scope} gathers {gathered.outcomes} of {sorted(filled)}")
+    return wrong
+
+
+def _runs(world: World, facts: Facts) -> list[str]:
+    """Compare every run with what its program had to do."""
+    wrong = []
+    wanted: list[tuple[str, programs.Program, bool, bool]] = [
+        (t.run, t.program, t.canceled, t.route == "late") for t in world.triggers if t.run in facts.first
+    ]
+    while wanted:
+        run, program, canceled, late = wanted.pop()
+        expected = programs.expect(run, program)
+        record, invocations = facts.records[run]
+        done = {i for i, several in facts.dones.items() if several[0][1].run_id == run}
+        known = {i for i, several in facts.works.items() if several[0][1].run_id == run}
+        if known - expected.invocations:
+            wrong.append(f"ghost: the run {run} has the invocations {sorted(known - expected.invocations)}")
+        dropped = any(i.state == "canceled" for i in invocations)
+        if record.state == "canceled" and (canceled or (late and dropped)):
+            pass
+        elif late and dropped and record.state == "failed":
+            pass  # some of its branches were dropped because they were late, and the run says so
+        elif record.state != ("failed" if expected.fails else "succeeded"):
+            wrong.append(f"wrong: the run {run} {record.state}, with {record.error}")
+        elif not expected.fails:
+            if done != expected.invocations:
+                wrong.append(f"lost: the run {run} misses outcomes of {sorted(expected.invocations - done)}")
+            wrong += _answer(facts, record, expected)
+        for event, emitted in expected.emits.items():
+            emitter = event.rpartition("-")[0]
+            started = programs.emitted_run(run, event)
+            outcome = facts.dones.get(emitter)
+            if outcome is not None and outcome[0][1].state == "succeeded":
+                if started not in facts.first:
+                    wrong.append(f"lost: {emitter} of {run} succeeded, and the event it emitted started nothing")
+                else:
+                    wanted.append((started, emitted, False, False))
+                    at = facts.works[invocation_id(started, 0)][0][0]
+                    if facts.cancels.get(run, at) < at:
+                        wrong.append(f"fencing: {emitter} emitted an event after its run {run} was canceled")
+            elif started in facts.first:
+                wrong.append(f"ghost: {emitter} of {run} did not succeed, and the event it emitted started {started}")
+    return wrong
+
+
+def _answer(facts: Facts, record: RunRecord, expected: programs.Expected) -> list[str]:
+    found = facts.dones.get(record.answer_id or "")
+    if found is None:
+        return [f"wrong: the run {record.run_id} succeeded without an answer"]
+    outcome = found[0][1]
+    payload = outcome.answer if record.explicit else outcome.result
+    said = None if payload is None else int(payload.body)
+    if expected.answer is not None and said != expected.answer:
+        return [f"wrong: the run {record.run_id} answers {said} instead of {expected.answer}"]
+    if expected.answers and (not record.explicit or said not in expected.answers):
+        return [f"wrong: the run {record.run_id} answers {said}, which none of its functions gave"]
+    return []
+
+
+def _ghosts(world: World, facts: Facts) -> list[str]:
+    """What runs was asked for: by a sender, by a run that stands in the log; and what was done outside likewise."""
+    sent = {t.run for t in world.triggers}
+    emitted = {
+        programs.emitted_run(done.run_id, f"{identity}-{position}")
+        for identity, several in facts.dones.items()
+        for _, done in several
+        if done.state == "succeeded"
+        for position in range(5)
+    }
+    wrong = [f"ghost: nobody asked for the run {run}" for run in facts.by_run if run not in sent | emitted]
+    for run, identity, _, process in world.effects:
+        if run not in facts.first or identity not in facts.works:
+            wrong.append(f"ghost: {process} ran {identity} of {run}, which is not in the log")
+    return wrong
+
+
+def _heard(world: World, facts: Facts) -> list[str]:
+    log = world.server.log
+    return [
+        f"wrong: who waited for {run} heard of message {stored.seq}, which is another in the log"
+        for run, stored in world.heard
+        if (kept := log[stored.seq - 1]).subject != stored.subject or kept.body != stored.body
+    ]
+
+
+# ---------------------------------------------------------------- the read model
+
+
+def _read_model(world: World, facts: Facts) -> list[str]:
+    """Compare Redis with a fold of the log, key by key."""
+    expected = read_model(facts.records)
+    found = {k.decode(): v for k, v in world.redis.data.items() if k.decode() not in (POSITION, WHOLE, LAYOUT)}
+    wrong = []
+    for key in sorted(found.keys() | expected.keys()):
+        has, wants = found.get(key, {}), expected.get(key, {})
+        for field in sorted(has.keys() | wants.keys()):
+            if has.get(field) != wants.get(field):
+                told = f"{_shown(key, field, has)}, not {_shown(key, field, wants)}"
+                wrong.append(f"wrong: the read model has in {key} {field.decode()}: {told}")
+    return wrong
+
+
+def read_model(records: dict[str, tuple[RunRecord, list[InvocationRecord]]]) -> dict[str, Any]:
+    """Return the keys of Redis that these runs make."""
+    made: dict[str, Any] = {}
+
+    def rank(key: str, member: str, score: int) -> None:
+        made.setdefault(key, {})[member.encode()] = float(score)
+
+    ended = 0
+    for run, (record, invocations) in records.items():
+        rows = {b"r": encode(record)} | {b"i:" + i.invocation_id.encode(): encode(i) for i in invocations}
+        made[f"hr:run:{run}"] = rows
+        keys = [RUNS, f"hr:route:{record.route}", f"hr:state:{record.state}"]
+        for key in keys if record.ended else [*keys, OPEN, f"{OPEN}:{record.route}"]:
+            rank(key, run, record.first_seq)
+        ended += record.ended
+        for one in invocations:
+            # What was given up on after its run was canceled bothers nobody.
+            if one.state == "dead" and one.seq <= record.seq:
+                for key in (DEAD, DEAD_LEFT):
+                    rank(key, f"{run}.{one.invocation_id}", one.seq)
+                made.setdefault(DEAD_RUNS, {})[one.invocation_id.encode()] = run.encode()
+    if records:
+        made[TOTALS] = {b"accepted": str(len(records)).encode()}
+        if ended:
+            made[TOTALS][b"ended"] = str(ended).encode()
+    return made
+
+
+def _shown(key: str, field: bytes, rows: dict[bytes, Any]) -> str:
+    if field not in rows or not key.startswith("hr:run:"):
+        return repr(rows.get(field))
+    return repr(decode(rows[field], RunRecord if field == b"r" else InvocationRecord))

@@ -1,0 +1,278 @@
+"""One simulation: the servers, the processes, those who send triggers, the faults, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.names import run_id
+from headrace.wire import Code, encode
+from streams import topology
+from streams.ledger import FACTS, POSITION
+from streams.stored import Stored
+from tests.simulation import check, programs
+from tests.simulation.actors import Actor, GatewayActor, LedgerActor, Tables, WorkerActor, worker_of
+from tests.simulation.client import Network
+from tests.simulation.faults import Nemesis
+from tests.simulation.loop import OutOfTime, Process, SimLoop, run
+from tests.simulation.redis import SimRedis
+from tests.simulation.server import Connection, SimServer
+from workers.worker import Tools, Worker
+
+FAULTS_S = 6.0
+CALM_S_MAX = 600.0
+LOOK_S = 0.25
+ANSWER_S = 8.0
+RETRY_S = 0.4
+
+
+@dataclass
+class Trigger:
+    """An event that is sent until it is accepted, or until its sender gives up."""
+
+    event: str
+    route: str
+    program: programs.Program
+    patience: int
+    run: str = ""
+    tries: int = 0
+    accepted: bool = False
+    canceled: bool = False
+    done: bool = False
+
+
+@dataclass
+class Options:
+    """How a simulation differs from the usual one."""
+
+    trace: bool = False
+    guarding: bool = True
+    faults: bool = True
+    worker: Callable[[Tools], Worker] = worker_of
+
+
+@dataclass
+class Verdict:
+    """What came of a seed. ``wrong`` is empty where all is well."""
+
+    seed: int
+    wrong: list[str]
+    plan: list[str]
+    steps: int
+    virtual_s: float
+    digest: str
+    messages: int
+    trace: list[str] = field(default_factory=list)
+
+
+class World:
+    """Everything that there is in one simulation."""
+
+    def __init__(self, seed: int, options: Options) -> None:
+        draw = random.Random(seed)
+        self.seed = seed
+        self.loop = SimLoop(random.Random(draw.random()))
+        self._rng = random.Random(draw.random())
+        self._trace: list[str] | None = [] if options.trace else None
+        self.on_event: Callable[[str, str, Connection | None], None] | None = None
+        self.network = Network(self.loop, random.Random(draw.random()))
+        self.server = SimServer(self.loop, random.Random(draw.random()))
+        self.server.guarding = options.guarding
+        self.server.on_event = self._hear
+        self.redis = SimRedis(self.loop, random.Random(draw.random()))
+        self.blobs: dict[str, bytes] = {name: _CODE for name in (programs.WORK, programs.JOIN)}
+        self.tables = Tables()
+        self.worker_kind = options.worker
+        self.processes: list[Process] = []
+        self.effects: list[tuple[str, str, int, str]] = []
+        self.heard: list[tuple[str, Stored]] = []
+        self.ended: list[tuple[str, BaseException | None]] = []
+        self.slots = self._rng.randrange(1, 5)
+        self.workers = [WorkerActor(self, f"w{n}") for n in range(2)]
+        self.gateways = [GatewayActor(self, f"g{n}") for n in range(self._rng.randrange(1, 3))]
+        self.actors: list[Actor] = [*self.workers, *self.gateways, LedgerActor(self, "ledger")]
+        self.by_name = {actor.name: actor for actor in self.actors}
+        self.triggers = [self._draw_trigger(n) for n in range(self._rng.randrange(2, 6))]
+        self.nemesis = Nemesis(self, random.Random(draw.random()))
+        self._faults = options.faults
+
+    def chance(self, share: float) -> bool:
+        """Draw."""
+        return self._rng.random() < share
+
+    def note(self, *what: object) -> None:
+        """Write down what happens, if somebody wants to read it."""
+        if self._trace is not None:
+            self._trace.append(f"{self.loop.time():10.4f} " + " ".join(map(str, what)))
+
+    def _hear(self, kind: str, subject: str, by: Connection | None) -> None:
+        if self._trace is not None:
+            self.note(kind, len(self.server.log) if kind == "store" else "", subject, "" if by is None else by.name)
+        if self.on_event is not None:
+            self.on_event(kind, subject, by)
+
+    # ------------------------------------------------------------ senders
+
+    def _draw_trigger(self, number: int) -> Trigger:
+        route = "late" if self.chance(0.1) else "main"
+        event = f"e{number}"
+        patience = 1 if self.chance(0.1) else 1000
+        made = Trigger(event, route, programs.draw(self._rng), patience)
+        made.run = run_id(programs.TENANT, "sim", event, route)
+        return made
+
+    def _schedule(self) -> None:
+        waiting = list(self.triggers)
+        while waiting:
+            together = waiting[: 2 if self.chance(0.2) else 1]
+            del waiting[: len(together)]
+            at_s = FAULTS_S * 0.6 * self._rng.random()
+            self.loop.later(at_s, self._send, together)
+            if self.chance(0.15):
+                self.loop.later(at_s + 0.01 * self._rng.random(), self._send, together)
+            if self.chance(0.12):
+                self.loop.later(at_s + 2.0 * self._rng.random(), self._cancel, together[0])
+
+    def _send(self, triggers: list[Trigger]) -> None:
+        first = triggers[0]
+        gateway = self._rng.choice(self.gateways)
+        if not gateway.open:
+            self.loop.later(RETRY_S, self._send, triggers)
+            return
+        first.tries += 1
+        answered: list[bool] = []
+
+        def respond(accepted: bool) -> None:
+            if answered:
+                return
+            answered.append(accepted)
+            self.note("answer", first.event, accepted)
+            if accepted:
+                for one in triggers:
+                    one.accepted = one.done = True
+            else:
+                again()
+
+        def again() -> None:
+            if first.tries >= first.patience:
+                for one in triggers:
+                    one.done = True
+            elif not first.accepted:
+                self.loop.later(RETRY_S, self._send, triggers)
+
+        def late() -> None:
+            if not answered:
+                answered.append(False)
+                again()
+
+        gateway.submit(triggers, respond, waits=self.chance(0.3))
+        self.loop.later(ANSWER_S, late)
+
+    def _cancel(self, trigger: Trigger) -> None:
+        gateway = self._rng.choice(self.gateways)
+        if trigger.accepted and gateway.open:
+            trigger.canceled = True
+            gateway.cancel(trigger.run)
+
+    # ------------------------------------------------------------ servers
+
+    def kill_server(self, away_s: float) -> None:
+        """Kill the NATS server, and start it again after a while."""
+        if not self.server.up:
+            return
+        self.note("server dies")
+        self.server.die()
+        for actor in self.actors:
+            if actor.client is not None and actor.client.wired is not None:
+                actor.client.wired.cut()
+        self.loop.later(away_s, self._raise_server)
+
+    def _raise_server(self) -> None:
+        if not self.server.up:
+            self.note("server is back")
+            self.server.rise(0.05 if self.chance(0.5) else 0.0)
+
+    def redis_back(self) -> None:
+        """Let Redis answer again."""
+        self.redis.away = False
+
+    # ------------------------------------------------------------ the whole of it
+
+    async def live(self) -> None:
+        """Live through the faults, then through the calm until all is done."""
+        for lane in range(topology.LANES):
+            self.server.add_consumer(topology.lane_consumer(lane), topology._lane(lane).as_dict())
+        for actor in self.actors:
+            actor.start()
+        self._schedule()
+        if self._faults:
+            self.nemesis.prepare(FAULTS_S)
+        self.loop.limit_s = FAULTS_S + CALM_S_MAX
+        await asyncio.sleep(FAULTS_S if self._faults else 0.1)
+        self.note("calm")
+        self.nemesis.stop()
+        while not self.quiet():
+            await asyncio.sleep(LOOK_S)
+
+    def quiet(self) -> bool:
+        """Say whether there is nothing left to do."""
+        if not (self.server.ready and all(t.done for t in self.triggers) and all(a.up for a in self.actors)):
+            return False
+        if self.server.undone():
+            return False
+        newest = max((found.seq for facts in FACTS if (found := self.server.last(facts)) is not None), default=0)
+        return int(self.redis.data.get(POSITION.encode(), b"0")) >= newest and b"hr:whole" in self.redis.data
+
+    def bury(self) -> None:
+        """Take everything apart."""
+        for process in self.processes:
+            process.bury()
+        self.loop._ready.clear()
+        self.loop._scheduled.clear()  # type: ignore[attr-defined]
+        self.loop.close()
+
+
+_CODE = encode(Code(kind="source", name="work", module="work", files={"work.py": "..."}))
+
+
+def simulate(seed: int, options: Options | None = None) -> Verdict:
+    """Run one seed and say what came of it."""
+    world = World(seed, options or Options())
+    wrong: list[str] = []
+    try:
+        run(world.loop, world.live())
+    except OutOfTime as late:
+        wrong.append(f"stuck: {late}; left: {world.server.undone()[:5]}, " + _why(world))
+    wrong += check.check(world)
+    trace = world._trace or []
+    digest = hashlib.sha256()
+    for line in trace:
+        digest.update(line.encode())
+    for kept in world.server.log:
+        digest.update(kept.subject.encode() + kept.body)
+    verdict = Verdict(
+        seed=seed,
+        wrong=wrong,
+        plan=world.nemesis.plan,
+        steps=world.loop.steps,
+        virtual_s=world.loop.time(),
+        digest=digest.hexdigest(),
+        messages=len(world.server.log),
+        trace=trace,
+    )
+    world.bury()
+    return verdict
+
+
+def _why(world: World) -> str:
+    told: list[Any] = [
+        [t.event for t in world.triggers if not t.done],
+        [a.name for a in world.actors if not a.up],
+        world.redis.data.get(POSITION.encode()),
+        len(world.server.log),
+    ]
+    return f"unsent {told[0]}, down {told[1]}, the read model is at {told[2]} of {told[3]}"

@@ -1,0 +1,217 @@
+"""What would be late is refused before it is accepted, and nothing else is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from gateway.backlog import RETRY_S_MAX, Backlog
+from gateway.problems import Busy
+from headrace.errors import Unavailable
+from streams.backlog import Lanes, Look
+from streams.link import Link
+from streams.log import Log, Record
+from streams.topology import LANES, done_subject, work_subject
+from tests.doors import TOKEN, Door, Doors
+
+NOW = 1_000_000.0
+
+
+class Counted:
+    """Lanes of which a test says what waits in them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waiting = [0] * LANES
+        self.ended = 0
+        self.away = False
+        self.looks = 0
+
+    def clock(self) -> float:
+        return self.now
+
+    async def look(self) -> Look:
+        self.looks += 1
+        if self.away:
+            raise Unavailable("away")
+        return Look(self.now, tuple(self.waiting), (0,) * LANES, self.ended, "count")
+
+
+@pytest.fixture
+def lanes() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def backlog(lanes: Counted) -> Backlog:
+    return Backlog(lanes, backlog_max=1000, clock=lanes.clock, rng=random.Random(1))
+
+
+async def look(backlog: Backlog, lanes: Counted, after_s: float = 0.5) -> None:
+    """Let time pass and have it look."""
+    lanes.now += after_s
+    backlog.learn(await lanes.look())
+
+
+async def test_nothing_is_refused_while_nothing_waits(backlog: Backlog, lanes: Counted) -> None:
+    for _ in range(50):
+        await look(backlog, lanes)
+        backlog.check(NOW + 0.1, NOW)
+
+
+async def test_what_would_wait_for_half_of_its_time_is_refused(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[3] = 100
+    for _ in range(10):
+        await look(backlog, lanes)
+        lanes.ended += 10  # 20 a second: 5 s of work wait
+    backlog.check(NOW + 12.0, NOW)
+    with pytest.raises(Busy, match="100 pieces of work are ahead") as refused:
+        backlog.check(NOW + 8.5, NOW)
+    assert 1.0 <= refused.value.retry_after_s <= 3.0
+
+
+async def test_the_urgent_pass_by_what_can_wait(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[8] = 900
+    for _ in range(40):
+        await look(backlog, lanes)
+        lanes.ended += 1
+    backlog.check(NOW + 5.0, NOW)
+    with pytest.raises(Busy):
+        backlog.check(NOW + 300.0, NOW)
+
+
+async def test_what_was_accepted_since_the_last_look_counts(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[3] = 10
+    for _ in range(10):
+        await look(backlog, lanes)
+        lanes.ended += 10
+    backlog.check(NOW + 10.0, NOW)
+    for _ in range(100):
+        backlog.took(NOW + 10.0, NOW)
+    with pytest.raises(Busy):
+        backlog.check(NOW + 10.0, NOW)
+
+
+async def test_work_without_a_deadline_is_bounded_by_number_alone(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[LANES - 1] = 998
+    await look(backlog, lanes)
+    await look(backlog, lanes)
+    backlog.check(None, NOW)
+    with pytest.raises(Busy, match="the limit is 1,000"):
+        backlog.check(None, NOW, runs=3)
+
+
+async def test_a_slow_start_is_no_reason_to_refuse(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[3] = 2
+    await look(backlog, lanes)
+    await look(backlog, lanes)  # nothing has ended in half a second
+    backlog.check(NOW + 10.0, NOW)
+
+
+async def test_what_was_learned_is_forgotten_when_nothing_waits(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[3] = 500
+    for _ in range(20):
+        await look(backlog, lanes)
+    with pytest.raises(Busy):
+        backlog.check(NOW + 10.0, NOW)
+    lanes.waiting[3] = 0
+    await look(backlog, lanes)
+    backlog.check(NOW + 10.0, NOW)
+    assert backlog.per_second() is None
+
+
+async def test_nobody_is_asked_to_stay_away_for_long(backlog: Backlog, lanes: Counted) -> None:
+    lanes.waiting[3] = 900
+    for _ in range(200):
+        await look(backlog, lanes)
+    with pytest.raises(Busy) as refused:
+        backlog.check(NOW + 10.0, NOW)
+    assert refused.value.retry_after_s == RETRY_S_MAX
+
+
+async def test_a_log_that_tells_nothing_refuses_nobody(lanes: Counted) -> None:
+    lanes.away = True
+    backlog = Backlog(lanes, backlog_max=1000, clock=lanes.clock)
+    for _ in range(5):
+        lanes.now += 1.0
+        backlog.check(NOW + 1.0, NOW)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert lanes.looks > 0
+    await backlog.close()
+
+
+async def test_looks_are_rare(lanes: Counted) -> None:
+    backlog = Backlog(lanes, backlog_max=100_000, clock=lanes.clock)
+    for _ in range(100):
+        backlog.check(NOW + 1.0, NOW)
+        await asyncio.sleep(0)
+    assert lanes.looks == 1
+    await backlog.close()
+
+
+class Full:
+    """Lanes in which more waits than will be done today."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    async def look(self) -> Look:
+        self.looks += 1
+        return Look(time.monotonic(), (5000,) * LANES, (0,) * LANES, 0, "count")
+
+
+async def full_door(doors: Doors) -> Door:
+    """Open a gateway that has looked at its lanes for long enough to know that nothing gets done."""
+    lanes = Full()
+    door = await doors.open(lanes)
+    await door.deploy(deadline="10s", filter={"type": "t"})
+    give_up_at = time.monotonic() + 30.0
+    while lanes.looks < 1 and time.monotonic() < give_up_at:
+        await door.ask("POST", "/v1/triggers/r", json=1)
+        await asyncio.sleep(0.01)
+    return door
+
+
+async def test_a_trigger_is_refused_before_its_body_is_read(tmp_path: Path) -> None:
+    async with Doors(tmp_path) as doors:
+        door = await full_door(doors)
+        accepted = len(door.firsts())
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(door.url.rpartition(":")[2]))
+        head = (
+            f"POST /v1/triggers/r HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 999\r\n\r\n"
+        )
+        writer.write(head.encode())  # and not one byte of the body
+        async with asyncio.timeout(10):
+            answer = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nRetry-After: " in answer
+        assert len(door.firsts()) == accepted
+
+
+async def test_events_that_would_be_late_are_refused_as_a_whole(tmp_path: Path) -> None:
+    async with Doors(tmp_path) as doors:
+        door = await full_door(doors)
+        accepted = len(door.firsts())
+        events = [{"specversion": "1.0", "id": str(i), "source": "/s", "type": "t"} for i in range(3)]
+        headers = {"Content-Type": "application/cloudevents-batch+json"}
+        problem = await door.problem(503, "POST", "/v1/events", json=events, headers=headers)
+        assert problem.type == "urn:headrace:problem:busy"
+        assert len(door.firsts()) == accepted
+
+
+async def test_the_server_counts_what_waits_and_what_ends(link: Link, log: Log) -> None:
+    lanes = Lanes(link)
+    before = await lanes.look()
+    assert (before.waiting, before.held, before.ended) == ((0,) * LANES, (0,) * LANES, 0)
+    await log.append([Record(work_subject(4, "default", "r", str(i)), b"x") for i in range(7)])
+    await log.append([Record(done_subject("r", str(i)), b"x") for i in range(5)])
+    after = await lanes.look()
+    assert after.waiting[4] == sum(after.waiting) == 7
+    assert after.ended == 5
+    assert after.counting == before.counting
