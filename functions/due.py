@@ -9,7 +9,7 @@ from operator import attrgetter
 
 BLOCK = 64  # entries at which a block is cut in two
 NEED_S_MIN = 1e-6
-GONE_MAX = 512  # so many are put off at one look: a flood is not sorted out at a single decision
+GONE_MAX = 256  # so many are put off at one look: a flood is not sorted out at a single decision
 
 _key = attrgetter("key")
 

@@ -28,7 +28,7 @@ SHARE = 0.05  # of the time of the slots, for work without deadline, whatever el
 OWED_S_MAX = 3600.0
 UNKNOWN_PART = 0.25  # work without history is taken to need this part of the time that it was given
 UNKNOWN_S = 1.0  # and so much where it was given none
-HOG_SHARES = 2.0  # a tenant holding more than so many even shares of the urgent work is put off first
+HOG_SHARES = 1.5  # a tenant holding more than so many even shares of the urgent work is put off first
 NEAR = 32  # so many of the earliest deadlines are looked at one by one at each decision
 FAR_BLOCKS = 4  # blocks of what is due later that a decision looks at, on average
 PUT_OFF_MAX = 8  # at one decision, among these; the next decision goes on
@@ -275,11 +275,21 @@ class Order:
             for entry in gone:
                 self._move(entry, now)
         for _ in range(PUT_OFF_MAX):
-            late = self._first_late(now, busy_s)
-            if late is None:
+            near = self._due.near(NEAR)
+            first, late = self._late(near, now, busy_s)
+            if late == 0:
                 self._restore(now, busy_s)
                 return
-            self._move(late, now)
+            at = near[first]
+            if now + at.likely_s > at.deadline:
+                self._move(at, now)
+                continue
+            hogs = self._hogs()
+            # A few that are expected to be a little late are left alone: forecasts err, and one that ends early makes
+            # room. But not if it is a tenant that holds too much that makes another late.
+            if late < LATE_PART * len(near) and (not hogs or at.tenant in hogs):
+                return
+            self._move(self._due.least(near[: first + 1], hogs), now)
 
     def _restore(self, now: float, busy_s: Sequence[float]) -> None:
         """Take the best of what was put off back, if all that is due next still makes its deadline then."""
@@ -287,31 +297,29 @@ class Order:
         if entry is None:
             return
         self._hold(entry)
-        if self._first_late(now, busy_s) is None:
+        if self._late(self._due.near(NEAR), now, busy_s)[1] == 0:
             heapq.heappop(self._put_off)
         else:
             self._let_go(entry)
 
-    def _first_late(self, now: float, busy_s: Sequence[float]) -> Entry | None:
-        """Return what to put off so that of the few that are due next fewer would be late; None if all is well.
+    def _late(self, near: list[Entry], now: float, busy_s: Sequence[float]) -> tuple[int, int]:
+        """Return the place of the first of these that is expected to be late, and how many are; (0, 0) if none is.
 
-        A few that are expected to be a little late are left alone: forecasts err, and one that ends early makes room.
+        What cannot be in time even if it starts now comes first of all.
         """
         # Shortest first is a heap, and no more slots than pieces of work are of interest.
         free = [*(0.0,) * (self._slots - len(busy_s)), *busy_s][:NEAR]
-        near = self._due.near(NEAR)
         first = late = 0
         for place, entry in enumerate(near):
             begin = free[0]
-            if now + begin + entry.likely_s > entry.deadline:
-                if begin <= 0.0:
-                    return entry
+            left = entry.deadline - now - entry.likely_s
+            if begin > left:
+                if left < 0.0:
+                    return place, len(near)
                 first = first if late else place
                 late += 1
             heapq.heapreplace(free, begin + entry.need_s)
-        if late == 0 or late < LATE_PART * len(near):
-            return None
-        return self._due.least(near[: first + 1], self._hogs())
+        return first, late
 
     def _move(self, entry: Entry, now: float) -> None:
         self._let_go(entry)

@@ -13,9 +13,11 @@ import contextlib
 import heapq
 import logging
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 
+from headrace.errors import Unavailable
 from headrace.wire import Invocation, decode
 from streams.log import Log
 from streams.poll import Arrival, Poll
@@ -30,6 +32,7 @@ HEADS_S = 0.002
 KEEP_S = ACK_WAIT_S / 4
 USUAL_WEIGHT = 0.1
 HANDED_BACK_KEPT_MAX = 100_000
+ENDLESS = sys.maxsize
 UNREADABLE_DELIVERIES_MAX = 10  # a release that can read it may be on its way; each delivery takes ACK_WAIT_S
 
 
@@ -41,13 +44,15 @@ def window(usual_s: float, slots: int) -> int:
 class Delivery:
     """One invocation in the hand of this worker. Exactly one of ``ack``, ``give_back`` and ``leave`` ends it.
 
-    ``fresh`` says that nobody can have started it before.
+    ``fresh`` says that this is its first delivery, or that all before it were handed back not started; ``doubtful``
+    that the server may have forgotten deliveries of it, for what it knows of them does not survive a crash.
     """
 
     __slots__ = (
         "_intake",
         "at",
         "delivered",
+        "doubtful",
         "fresh",
         "held_at",
         "invocation",
@@ -58,13 +63,14 @@ class Delivery:
         "told_at",
     )
 
-    def __init__(self, intake: Intake, lane: int, arrived: Arrival, now: float, fresh: bool) -> None:
+    def __init__(self, intake: Intake, lane: int, arrived: Arrival, now: float, *, fresh: bool, doubtful: bool) -> None:
         self._intake = intake
         self.lane = lane
         self.seq = arrived.seq
         self.at = arrived.at
         self.delivered = arrived.delivered
         self.fresh = fresh
+        self.doubtful = doubtful
         self.reply = arrived.reply
         self.invocation = decode(arrived.body, Invocation)
         self.held_at = now
@@ -110,6 +116,9 @@ class Intake:
         self._handed_back: OrderedDict[int, int] = OrderedDict()
         self._arrived = asyncio.Event()
         self._usual_s = [0.1] * LANES
+        # Of what was stored before this connection stood, the server may have forgotten that it was delivered.
+        self._doubtful_up_to = ENDLESS
+        self._forget: Callable[[], None] | None = None
         self._takers = 0
         self._busy_since = 0.0
         self._paused = False
@@ -123,6 +132,8 @@ class Intake:
 
     async def start(self) -> None:
         """Open a poll on every lane."""
+        self._forget = self._log.link.on_reconnect(self._doubt_all)
+        await self._doubt_less()
         for lane in range(LANES):
 
             def take(arrived: Arrival, lane: int = lane) -> None:
@@ -138,6 +149,8 @@ class Intake:
 
     async def stop(self) -> None:
         """Stop asking, and hand back what has not been started; what runs is still told to be in progress."""
+        if self._forget is not None:
+            self._forget()
         if self._pausing is not None:
             self._pausing.cancel()
             await asyncio.gather(self._pausing, return_exceptions=True)
@@ -198,7 +211,7 @@ class Intake:
         now = asyncio.get_running_loop().time()
         try:
             fresh = arrived.delivered == self._handed_back.pop(arrived.seq, 0) + 1
-            delivery = Delivery(self, lane, arrived, now, fresh)
+            delivery = Delivery(self, lane, arrived, now, fresh=fresh, doubtful=arrived.seq <= self._doubtful_up_to)
         except Exception:
             # Not ours to read: written by a release to come, or damaged. Left alone, it is delivered to another.
             _log.exception("message %d of lane %d cannot be read", arrived.seq, lane)
@@ -215,10 +228,19 @@ class Intake:
         for lane, poll in enumerate(self._polls):
             await poll.want(window(self._usual_s[lane], self._slots))
 
+    async def _doubt_all(self) -> None:
+        self._doubtful_up_to = ENDLESS
+
+    async def _doubt_less(self) -> None:
+        with contextlib.suppress(Unavailable):
+            self._doubtful_up_to = await self._log.end_seq()
+
     async def _keep(self) -> None:
         """Tell the server about everything in hand before it thinks that we are gone."""
         while True:
             await asyncio.sleep(KEEP_S / 2)
+            if self._doubtful_up_to == ENDLESS:
+                await self._doubt_less()
             now = asyncio.get_running_loop().time()
             for delivery in list(self._out.values()):
                 if now - delivery.told_at >= KEEP_S:

@@ -96,6 +96,37 @@ async def test_what_was_accepted_since_the_last_look_counts(backlog: Backlog, la
         backlog.check(NOW + 10.0, NOW)
 
 
+async def test_what_follows_from_what_waits_counts(backlog: Backlog, lanes: Counted) -> None:
+    # Between two moments of rest, four outcomes came for each that was accepted.
+    await look(backlog, lanes)
+    backlog.took(NOW + 10.0, NOW, runs=100)
+    lanes.ended = 400
+    await look(backlog, lanes)
+    lanes.waiting[3] = 100
+    backlog.took(NOW + 10.0, NOW, runs=100)
+    for _ in range(10):
+        await look(backlog, lanes)
+        lanes.ended += 2  # 4 a second: 100 s of work, of which 25 s wait already
+    assert backlog.following() == pytest.approx(4.0, rel=0.1)
+    backlog.check(NOW + 255.0, NOW)
+    with pytest.raises(Busy):
+        backlog.check(NOW + 80.0, NOW)
+
+
+async def test_the_members_of_a_large_map_wait_by_themselves(backlog: Backlog, lanes: Counted) -> None:
+    await look(backlog, lanes)
+    backlog.took(NOW + 10.0, NOW, runs=20)
+    lanes.ended = 20 * 500
+    await look(backlog, lanes)
+    backlog.took(NOW + 10.0, NOW)
+    lanes.waiting[3] = 499
+    for _ in range(5):
+        await look(backlog, lanes)
+        lanes.ended += 50
+        lanes.waiting[3] -= 50
+    assert backlog.following() == 1.0
+
+
 async def test_work_without_a_deadline_is_bounded_by_number_alone(backlog: Backlog, lanes: Counted) -> None:
     lanes.waiting[LANES - 1] = 998
     await look(backlog, lanes)
@@ -157,22 +188,17 @@ async def test_looks_are_rare(lanes: Counted) -> None:
 class Full:
     """Lanes in which more waits than will be done today."""
 
-    def __init__(self) -> None:
-        self.looks = 0
-
     async def look(self) -> Look:
-        self.looks += 1
         return Look(time.monotonic(), (5000,) * LANES, (0,) * LANES, 0, "count")
 
 
 async def full_door(doors: Doors) -> Door:
     """Open a gateway that has looked at its lanes for long enough to know that nothing gets done."""
-    lanes = Full()
-    door = await doors.open(lanes)
+    door = await doors.open(Full())
     await door.deploy(deadline="10s", filter={"type": "t"})
     give_up_at = time.monotonic() + 30.0
-    while lanes.looks < 1 and time.monotonic() < give_up_at:
-        await door.ask("POST", "/v1/triggers/r", json=1)
+    while (await door.ask("POST", "/v1/triggers/r", json=1))[0] != 503:
+        assert time.monotonic() < give_up_at
         await asyncio.sleep(0.01)
     return door
 

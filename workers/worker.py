@@ -196,7 +196,7 @@ class Worker:
         settled, error = await self._settle(invocation)
         if settled.overruled or invocation.run_id in self._canceled:
             return True
-        past = NO_PAST if delivery.fresh else await self._past(invocation)
+        past = NO_PAST if delivery.fresh and not delivery.doubtful else await self._past(invocation)
         if past.done is not None:
             await self._fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
             return True
@@ -298,7 +298,7 @@ class Worker:
                     f"version {invocation.version} of {invocation.function} is not registered", hint="Deploy it again."
                 )
             kind, body = await self._inputs.body(invocation)
-            if not delivery.fresh:
+            if not delivery.fresh or past != NO_PAST:
                 past = await self._claim(delivery, past)
             voice = Voice(self._log, delivery, self._tools.name, past.attempt, past.fence, self._clock)
             returned = await self._run(delivery, past, record, kind, body, voice)

@@ -23,6 +23,7 @@ from infra.chaos.trial import Case
 CASES: list[Case] = [
     kills.CASE,
     power.CASE,
+    cluster.CASE,
     wipe.CASE,
     away.CASE,
     disk.CASE,
@@ -34,5 +35,4 @@ CASES: list[Case] = [
     bombs.CASE,
     results.CASE,
     pauses.CASE,
-    cluster.CASE,
 ]

@@ -24,7 +24,8 @@ FLOOR_BYTES = 20 * 1024**2
 PAYLOAD_BYTES = 24 * 1024
 TRIGGERS = 1200
 RATE_PER_S = 200.0
-# More that takes a second than two slots can do meanwhile: there is work to end while nothing can be written.
+SLOW_S = 0.5
+# More that takes its time than two slots can do meanwhile: there is work to end while nothing can be written.
 MIX = {"instant": 0.88, "chained": 0.08, "slow": 0.04}
 FULL_S = 8.0
 FULL_SHORT_S = 2.0
@@ -48,7 +49,7 @@ async def run(trial: Trial) -> Result:
             total=TRIGGERS,
             rate_per_s=RATE_PER_S,
             mix=MIX,
-            extra={route: {"padding": "x" * PAYLOAD_BYTES} for route in MIX},
+            extra={route: {"padding": "x" * PAYLOAD_BYTES, "takes_s": SLOW_S} for route in MIX},
             patience_s=PATIENCE_S,
             deadline="10m",  # so that nothing is refused because it would be late
         )

@@ -29,15 +29,14 @@ async def run(trial: Trial) -> Result:
         verdict = await trial.check(up, expected={"poison": ["failed"]})
         after = up.pids()
     same = all(before.get(who) == after.get(who) for who in (WORKER, ZYGOTE))
-    dead = verdict.deaths.get("poison: lost", 0) + verdict.deaths.get("poison: user", 0)
+    dead = sum(n for what, n in verdict.deaths.items() if what.startswith("poison:"))
     attempts = verdict.attempts_most.get("poison", 0)
     return Result(
         verdict=verdict,
         figures=[
             Figure(
                 name="poisoned events that ended dead, with their reason",
-                value=f"{sum(n for what, n in verdict.deaths.items() if what.startswith('poison:'))} of {bad} "
-                f"({', '.join(verdict.deaths) or 'none'})",
+                value=f"{dead} of {bad} ({', '.join(verdict.deaths) or 'none'})",
                 bar="all",
                 good=dead == bad,
             ),

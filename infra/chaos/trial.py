@@ -36,6 +36,7 @@ from infra.chaos.lines import (
     write_plan,
 )
 from infra.process import tie_to
+from infra.programs import nats_program, redis_program
 from infra.rights import GATEWAY, WORKER
 from infra.settings import PREFIX, environment
 
@@ -50,13 +51,25 @@ class Broken(HeadraceError):
     title = "The trial itself failed"
 
 
+def nothing_missing() -> str:
+    """Say what is missing here for a platform that is killed and paused from outside; nothing if all is there."""
+    if not sys.platform.startswith("linux"):
+        return "processes are found in /proc, which only Linux has"
+    try:
+        nats_program()
+        redis_program()
+    except HeadraceError as error:
+        return f"{error}: {error.hint}"
+    return ""
+
+
 class Case(NamedTuple):
     """A fault and how it is tried. ``probe`` says why it cannot be tried here, and nothing where it can."""
 
     name: str
     title: str
     run: Callable[[Trial], Awaitable[Result]]
-    probe: Callable[[], str] = lambda: ""
+    probe: Callable[[], str] = nothing_missing
 
 
 class Trial:

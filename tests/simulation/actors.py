@@ -8,7 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functions.admission import Admitted, admit
 from functions.qos import deadline_of
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 WAIT_S = 5.0
 
 
+class Effect(NamedTuple):
+    """What a function did outside: an attempt began, at this instant."""
+
+    run: str
+    invocation: str
+    attempt: int
+    process: str
+    at: float
+
+
 class Actor:
     """A place where one process after the other runs."""
 
@@ -47,9 +57,9 @@ class Actor:
         self._restart: asyncio.TimerHandle | None = None
 
     @property
-    def up(self) -> bool:
-        """Whether a process runs, be it frozen."""
-        return self.process is not None
+    def well(self) -> bool:
+        """Whether a process runs, and is not frozen."""
+        return self.process is not None and not self.process.frozen
 
     def clock(self) -> float:
         """Return the time by this machine's clock, in epoch seconds."""
@@ -182,7 +192,7 @@ class Pool:
     ) -> Returned:
         """Run one attempt."""
         world = self._world
-        world.effects.append((invoke.run_id, invoke.invocation_id, invoke.attempt, self._process))
+        world.effects.append(Effect(invoke.run_id, invoke.invocation_id, invoke.attempt, self._process, world.server.now))
         world.note("run", invoke.function, invoke.invocation_id, invoke.attempt, self._process)
         took_s, ended = programs.perform(invoke)
         if len(invoke.body) % 9 == 0:

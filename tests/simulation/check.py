@@ -67,7 +67,7 @@ def check(world: World) -> list[str]:
     return [
         *_lost(world, facts),
         *_doubled(facts),
-        *_fencing(facts),
+        *_fencing(world, facts),
         *_joins(facts),
         *_runs(world, facts),
         *_ghosts(world, facts),
@@ -94,9 +94,15 @@ def _doubled(facts: Facts) -> list[str]:
     return wrong
 
 
-def _fencing(facts: Facts) -> list[str]:
+def _fencing(world: World, facts: Facts) -> list[str]:
     """What stands in the log was written by the holder of the newest lease of its time, and attempts only grow."""
     wrong = []
+    log = world.server.log
+    for effect in world.effects:
+        for seq, done in facts.dones.get(effect.invocation, []):
+            if done.attempts < effect.attempt and effect.at < log[seq - 1].at:
+                told = f"attempt {done.attempts} of {effect.invocation} committed while attempt {effect.attempt} ran"
+                wrong.append(f"fencing: {told}")
     for identity, leases in facts.leases.items():
         numbers = [lease.attempt for _, lease in leases]
         if numbers != sorted(set(numbers)):
@@ -203,9 +209,9 @@ def _ghosts(world: World, facts: Facts) -> list[str]:
         for position in range(5)
     }
     wrong = [f"ghost: nobody asked for the run {run}" for run in facts.by_run if run not in sent | emitted]
-    for run, identity, _, process in world.effects:
-        if run not in facts.first or identity not in facts.works:
-            wrong.append(f"ghost: {process} ran {identity} of {run}, which is not in the log")
+    for effect in world.effects:
+        if effect.run not in facts.first or effect.invocation not in facts.works:
+            wrong.append(f"ghost: {effect.process} ran {effect.invocation} of {effect.run}, which is not in the log")
     return wrong
 
 

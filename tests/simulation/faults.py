@@ -77,7 +77,7 @@ class Nemesis:
             world.on_event = self._hear
 
     def stop(self) -> None:
-        """Do nothing more, and put everything right."""
+        """Do nothing more, and put right what does not come right by itself: a pause and a partition end in time."""
         self._over = True
         self._moments.clear()
         world = self._world
@@ -89,8 +89,6 @@ class Nemesis:
             actor.skew_s = 0.0
             if actor.process is not None:
                 actor.process.calm()
-            if actor.client is not None:
-                actor.client.heal()
             actor.start()
 
     def _at(self, act: Callable[[str], None]) -> None:

@@ -87,10 +87,9 @@ class Process:
             self.loop.resume(held)
 
     def calm(self) -> None:
-        """Let it go on, and let nothing more happen to it."""
+        """Let nothing more happen to it; if it is frozen, it goes on in its own time."""
         self._on_fuse = None
-        self.thaw()
-        self.special = not self.alive
+        self.special = self.frozen or not self.alive
 
     def admits(self, handle: asyncio.Handle) -> bool:
         """Say whether a callback of it may run now."""

@@ -15,7 +15,7 @@ from streams import topology
 from streams.ledger import FACTS, POSITION
 from streams.stored import Stored
 from tests.simulation import check, programs
-from tests.simulation.actors import Actor, GatewayActor, LedgerActor, Tables, WorkerActor, worker_of
+from tests.simulation.actors import Actor, Effect, GatewayActor, LedgerActor, Tables, WorkerActor, worker_of
 from tests.simulation.client import Network
 from tests.simulation.faults import Nemesis
 from tests.simulation.loop import OutOfTime, Process, SimLoop, run
@@ -88,7 +88,7 @@ class World:
         self.tables = Tables()
         self.worker_kind = options.worker
         self.processes: list[Process] = []
-        self.effects: list[tuple[str, str, int, str]] = []
+        self.effects: list[Effect] = []
         self.heard: list[tuple[str, Stored]] = []
         self.ended: list[tuple[str, BaseException | None]] = []
         self.slots = self._rng.randrange(1, 5)
@@ -220,7 +220,7 @@ class World:
 
     def quiet(self) -> bool:
         """Say whether there is nothing left to do."""
-        if not (self.server.ready and all(t.done for t in self.triggers) and all(a.up for a in self.actors)):
+        if not (self.server.ready and all(t.done for t in self.triggers) and all(a.well for a in self.actors)):
             return False
         if self.server.undone():
             return False
@@ -271,7 +271,7 @@ def simulate(seed: int, options: Options | None = None) -> Verdict:
 def _why(world: World) -> str:
     told: list[Any] = [
         [t.event for t in world.triggers if not t.done],
-        [a.name for a in world.actors if not a.up],
+        [a.name for a in world.actors if not a.well],
         world.redis.data.get(POSITION.encode()),
         len(world.server.log),
     ]
