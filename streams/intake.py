@@ -251,6 +251,9 @@ class Intake:
     async def _pause_when_busy(self) -> None:
         """When all slots have been busy for a while, give back what waits here and ask again once a slot is free."""
         while True:
+            if not self._heap:  # an idle worker sleeps
+                self._arrived.clear()
+                await self._arrived.wait()
             await asyncio.sleep(HOLD_S / 2)
             now = asyncio.get_running_loop().time()
             if self._takers == 0 and self._heap and now - self._busy_since > HOLD_S:

@@ -122,6 +122,34 @@ class Process:
         self._held.clear()
 
 
+class _Handle(asyncio.Handle):
+    """A callback; made without what only a debugger needs, because hundreds of thousands are."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Callable[..., object], args: Any, loop: SimLoop, context: contextvars.Context | None
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
+class _Timer(asyncio.TimerHandle):
+    __slots__ = ()
+
+    def __init__(
+        self, when: float, callback: Callable[..., object], args: Any, loop: SimLoop, context: contextvars.Context | None
+    ) -> None:
+        _Handle.__init__(self, callback, args, loop, context)  # type: ignore[arg-type] # they have the same fields
+        self._when = when
+        self._scheduled = True
+
+
 class SimLoop(asyncio.BaseEventLoop):
     """Runs one simulation; everything that is left to chance comes from ``rng``."""
 
@@ -129,14 +157,15 @@ class SimLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._draw = rng.random
         self._now = 0.0
-        self._ready: list[asyncio.Handle] = []  # type: ignore[assignment] # the base class only appends to it
+        self._ready: list[asyncio.Handle] = []  # type: ignore[assignment] # only what stands here touches it
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers_made = 0
         self.limit_s = 100_000.0
         self.limit_steps = 500_000
         self.steps = 0
         self.tasks_made = 0
-        self.failure: BaseException | None = None
         self.set_task_factory(_make_task)  # type: ignore[arg-type]
-        self.set_exception_handler(_remember_failure)  # type: ignore[arg-type]
+        self.set_exception_handler(lambda loop, context: None)  # of tasks that nobody waited for
 
     def time(self) -> float:
         """Return the virtual seconds since the beginning."""
@@ -150,15 +179,30 @@ class SimLoop(asyncio.BaseEventLoop):
         """Have callbacks run that were held back."""
         self._ready += handles
 
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """Call something at this instant, after or before all else that is ready."""
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Call something at a virtual instant."""
+        timer = _Timer(when, callback, args, self, context)
+        self._timers_made += 1
+        heapq.heappush(self._timers, (when, self._timers_made, timer))
+        return timer
+
     def _run_once(self) -> None:
-        ready, scheduled, draw = self._ready, self._scheduled, self._draw  # type: ignore[attr-defined]
+        ready, draw = self._ready, self._draw
         while not self._stopping:  # type: ignore[attr-defined]
             count = len(ready)
             if count == 0:
-                self._advance(ready, scheduled)
+                self._advance(ready)
                 continue
-            if self.steps > self.limit_steps:
-                raise OutOfTime(f"{self.steps:,} callbacks have run")
             if count == 1:
                 handle = ready.pop()
             else:
@@ -168,32 +212,37 @@ class SimLoop(asyncio.BaseEventLoop):
                 ready.pop()
             if handle._cancelled:
                 continue
-            process = handle._context.get(_PROCESS)
+            context = handle._context
+            process = context.get(_PROCESS)
             if process is not None and process.special and not process.admits(handle):
                 continue
             self.steps += 1
-            handle._run()
-            if self.failure is not None:
-                raise self.failure
+            if self.steps > self.limit_steps:
+                raise OutOfTime(f"{self.steps:,} callbacks have run")
+            context.run(handle._callback, *handle._args)  # type: ignore[arg-type]
 
-    def _advance(self, ready: list[asyncio.Handle], scheduled: list[asyncio.TimerHandle]) -> None:
+    def _advance(self, ready: list[asyncio.Handle]) -> None:
         """Jump to the next instant at which something is due."""
-        while scheduled:
-            first = heapq.heappop(scheduled)
-            first._scheduled = False  # type: ignore[attr-defined]
-            if first._cancelled:  # type: ignore[attr-defined]
+        timers = self._timers
+        while timers:
+            when, _, first = heapq.heappop(timers)
+            if first._cancelled:
                 continue
-            self._now = max(self._now, first._when)  # type: ignore[attr-defined]
+            self._now = max(self._now, when)
             if self._now > self.limit_s:
                 raise OutOfTime(f"{self.limit_s:,.0f} virtual seconds are over")
             ready.append(first)
-            while scheduled and scheduled[0]._when <= self._now:  # type: ignore[attr-defined]
-                due = heapq.heappop(scheduled)
-                due._scheduled = False  # type: ignore[attr-defined]
-                if not due._cancelled:  # type: ignore[attr-defined]
+            while timers and timers[0][0] <= self._now:
+                due = heapq.heappop(timers)[2]
+                if not due._cancelled:
                     ready.append(due)
             return
         raise OutOfTime("nothing can ever happen any more")
+
+    def clear(self) -> None:
+        """Forget all that was to be called."""
+        self._ready.clear()
+        self._timers.clear()
 
     def _write_to_self(self) -> None:
         """There is one thread; nobody has to be woken."""
@@ -213,12 +262,6 @@ def _make_task(loop: SimLoop, work: Coroutine[Any, Any, Any], context: contextva
     if process is not None:
         process.adopt(task)
     return task
-
-
-def _remember_failure(loop: SimLoop, context: dict[str, Any]) -> None:
-    error = context.get("exception")
-    if "handle" in context and error is not None:
-        loop.failure = error  # a callback of the simulation itself went wrong
 
 
 def run(loop: SimLoop, work: Coroutine[Any, Any, Any]) -> Any:

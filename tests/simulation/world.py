@@ -23,7 +23,7 @@ from tests.simulation.redis import SimRedis
 from tests.simulation.server import Connection, SimServer
 from workers.worker import Tools, Worker
 
-FAULTS_S = 6.0
+FAULTS_S = 4.0
 CALM_S_MAX = 600.0
 LOOK_S = 0.25
 ANSWER_S = 8.0
@@ -96,7 +96,7 @@ class World:
         self.gateways = [GatewayActor(self, f"g{n}") for n in range(self._rng.randrange(1, 3))]
         self.actors: list[Actor] = [*self.workers, *self.gateways, LedgerActor(self, "ledger")]
         self.by_name = {actor.name: actor for actor in self.actors}
-        self.triggers = [self._draw_trigger(n) for n in range(self._rng.randrange(2, 6))]
+        self.triggers = [self._draw_trigger(n) for n in range(self._rng.randrange(1, 5))]
         self.nemesis = Nemesis(self, random.Random(draw.random()))
         self._faults = options.faults
 
@@ -231,8 +231,7 @@ class World:
         """Take everything apart."""
         for process in self.processes:
             process.bury()
-        self.loop._ready.clear()
-        self.loop._scheduled.clear()  # type: ignore[attr-defined]
+        self.loop.clear()
         self.loop.close()
 
 
