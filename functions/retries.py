@@ -21,7 +21,8 @@ class Past(Struct, frozen=True, kw_only=True):
     """What the log holds of an invocation that was delivered before.
 
     ``fence`` is the sequence of its newest lease, 0 without one; ``attempt`` the number of the next attempt;
-    ``failures`` how many attempts said that they failed; ``retry_at`` the instant before which none may begin.
+    ``failures`` how many attempts said that they failed; ``retry_at`` the instant before which none may begin, and
+    ``retry_s`` how long after the failure that was.
     """
 
     done: Stored | None = None
@@ -29,6 +30,7 @@ class Past(Struct, frozen=True, kw_only=True):
     attempt: int = 1
     failures: int = 0
     retry_at: float = 0.0
+    retry_s: float = 0.0
 
     @property
     def lost(self) -> int:
@@ -43,7 +45,7 @@ def look_back(found: Iterable[Stored]) -> Past:
     """Read the newest message of each subject that tells of an invocation's attempts: done, lease, start and try."""
     done: Stored | None = None
     fence = last = failures = 0
-    retry_at = 0.0
+    retry_at = retry_s = 0.0
     for stored in found:
         match kind_of(stored.subject):
             case "done":
@@ -57,8 +59,9 @@ def look_back(found: Iterable[Stored]) -> Past:
                 failed = decode(stored.body, Attempt)
                 failures += 1
                 last = max(last, failed.attempt)
-                retry_at = max(retry_at, failed.retry_at)
-    return Past(done=done, fence=fence, attempt=last + 1, failures=failures, retry_at=retry_at)
+                if failed.retry_at > retry_at:
+                    retry_at, retry_s = failed.retry_at, failed.retry_at - failed.ended_at
+    return Past(done=done, fence=fence, attempt=last + 1, failures=failures, retry_at=retry_at, retry_s=retry_s)
 
 
 def retry_at(error: FunctionError, *, failures: int, retries: int, now: float, rng: random.Random) -> float | None:
@@ -78,3 +81,21 @@ def retry_at(error: FunctionError, *, failures: int, retries: int, now: float, r
         return None
     longest = min(DELAY_S_MAX, FIRST_DELAY_S * 2.0 ** (failures - 1))
     return now + longest * (0.5 + 0.5 * rng.random())
+
+
+def wait_s(until: float, asked_s: float, now: float, *, again: bool) -> float:
+    """Return how many seconds work has to wait yet; none are left at 0 and below.
+
+    Where more are left than were asked for, who wrote the instant has another clock. Then what was asked for is
+    waited once: work that was delivered before has waited already.
+
+    Args:
+        until: the instant, by the clock of whoever wrote it.
+        asked_s: how long it was to wait when that was written.
+        now: the present instant, by our clock.
+        again: whether the work was delivered before.
+    """
+    left_s = until - now
+    if left_s <= asked_s:
+        return left_s
+    return 0.0 if again else asked_s

@@ -58,7 +58,7 @@ class DeadList:
         """Answer ``GET /v1/dead``: newest first, by default those that were not replayed yet."""
         query = request.query
         function, route, since = query.get("function"), query.get("route"), query.get("since")
-        await self._book.caught_up()
+        behind = await self._book.behind()
         found = await self._reader.dead(
             function=None if function is None else check_name(function, "function name"),
             route=None if route is None else check_name(route, "route name"),
@@ -74,7 +74,7 @@ class DeadList:
                 return _view(one, await self._errors(one))
 
         dead = await asyncio.gather(*(shown(one) for one in found.dead if one.run.tenant == self._tenant))
-        return as_json(DeadPage(dead=dead, next=found.next))
+        return as_json(DeadPage(dead=dead, next=found.next, behind=behind))
 
     async def _errors(self, one: Dead) -> list[AttemptError]:
         """Return the error of every failed attempt, the last one included, as the log has them."""

@@ -30,7 +30,7 @@ LIMIT_DEFAULT = 100
 CURSOR_CHARS_MAX = 512
 REASON_CHARS_MAX = 500
 RESULT_RETRY_S = 1
-CATCH_UP_S_MAX = 2.0
+CATCH_UP_S_MAX = 1.0
 _LOOK_AGAIN_S = 0.01
 _SCAN_IDLE_S = 1.0
 
@@ -113,20 +113,18 @@ class RunBook:
             raise _unknown(run_id)
         return known
 
-    async def caught_up(self) -> None:
-        """Return once the read model has what this gateway had appended before: a list may lack none of it.
+    async def behind(self) -> bool:
+        """Wait a moment for the read model to have what this gateway had appended before; say whether it still has not.
 
         Raises:
-            Unavailable: it is further behind than a moment, or away.
+            Unavailable: it is away.
         """
         promised, give_up_at = self._log.last_seq, time.monotonic() + CATCH_UP_S_MAX
         while await self._reader.position() < promised:
             if time.monotonic() >= give_up_at:
-                raise Unavailable(
-                    "the read model is behind the log",
-                    hint="Triggers are still accepted, and single runs can be read; ask again in a moment.",
-                )
+                return True
             await asyncio.sleep(_LOOK_AGAIN_S)
+        return False
 
     async def answer(self, record: RunRecord) -> Payload | None:
         """Return the answer of a run, or None while there is none."""
@@ -193,16 +191,15 @@ class Runs:
             )
         route = query.get("route")
         since = query.get("since")
-        await self._book.caught_up()
-        return as_json(
-            await self._reader.page(
-                state=state,
-                route=None if route is None else check_name(route, "route name"),
-                since=None if since is None else parse_instant(since, "since"),
-                limit=limit_of(query.get("limit")),
-                cursor=cursor_of(query.get("cursor")),
-            )
+        behind = await self._book.behind()
+        found = await self._reader.page(
+            state=state,
+            route=None if route is None else check_name(route, "route name"),
+            since=None if since is None else parse_instant(since, "since"),
+            limit=limit_of(query.get("limit")),
+            cursor=cursor_of(query.get("cursor")),
         )
+        return as_json(structs.replace(found, behind=behind))
 
     async def result(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET /v1/runs/{run_id}/result``: the answer, 202 while there is none, 410 if none will come.

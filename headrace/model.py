@@ -278,10 +278,14 @@ class RunView(Struct, frozen=True, kw_only=True):
 
 
 class RunPage(Struct, frozen=True, kw_only=True):
-    """A page of runs, newest first; ``next`` is the cursor of the next page, None at the end."""
+    """A page of runs, newest first; ``next`` is the cursor of the next page, None at the end.
+
+    ``behind`` says that the newest changes may be missing: the read model had not taken them in.
+    """
 
     runs: list[RunView]
     next: str | None
+    behind: bool = False
 
 
 class AttemptError(Struct, frozen=True, kw_only=True):
@@ -312,10 +316,11 @@ class DeadView(Struct, frozen=True, kw_only=True):
 
 
 class DeadPage(Struct, frozen=True, kw_only=True):
-    """A page of dead invocations, newest first; ``next`` is the cursor of the next page, None at the end."""
+    """A page of dead invocations, newest first; ``next`` and ``behind`` are as in a page of runs."""
 
     dead: list[DeadView]
     next: str | None
+    behind: bool = False
 
 
 class Replaying(RunRef, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import structlog
-from nats.js.errors import NotFoundError
+from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from headrace.errors import Unavailable
 from infra import rights, telemetry
@@ -42,6 +42,7 @@ REDIS_ANSWER_S = 5.0
 REDIS_READ_S = 1.0  # of the gateway, whose callers wait: past this it says 503, or tells from the log
 REDIS_CONNECT_S = 2.0
 SETUP_S = 30.0
+SETUP_STEP_S = 0.2
 CLOSE_S = 5.0
 OUTCOMES_LINGER_S = 0.008
 # A process has thousands of invocations in hand at once, and the collector would go through them every few hundred new
@@ -126,7 +127,13 @@ async def setup(settings: Settings) -> None:
     """
     try:
         async with asyncio.timeout(SETUP_S), _link(settings, rights.ADMIN) as link:
-            await topology.ensure(link, limits(settings), settings.log_replicas)
+            while True:
+                try:
+                    await topology.ensure(link, limits(settings), settings.log_replicas)
+                except (TimeoutError, ServiceUnavailableError):  # the server was killed and is on its way back
+                    await asyncio.sleep(SETUP_STEP_S)
+                else:
+                    break
     except TimeoutError as error:
         raise Unavailable(
             f"the log's server does not do as asked within {SETUP_S:g} s",

@@ -149,14 +149,14 @@ async def test_a_list_that_cannot_be_is_refused(door: Door, query: str) -> None:
     assert (await door.problem(400, "GET", f"/v1/dead?{query}")).detail
 
 
-async def test_while_the_read_model_is_away_or_behind_the_list_is_refused(
+async def test_a_list_says_that_the_read_model_is_behind_and_is_refused_while_it_is_away(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.runs.CATCH_UP_S_MAX", 0.05)
     await dead_run(door)
     door.reader.lag_at = 0
     for path in ("/v1/dead", "/v1/runs"):
-        assert (await door.problem(503, "GET", path)).detail
+        assert (await door.ask("GET", path))[1]["behind"] is True
     door.reader.away = True
     for path in ("/v1/dead", "/v1/runs", "/v1/audit"):
         assert (await door.problem(503, "GET", path)).detail

@@ -21,7 +21,7 @@ from msgspec import Struct, structs
 
 from functions import effects
 from functions.effects import Attempted, World
-from functions.retries import LOST_ATTEMPTS_MAX, NO_PAST, Past, look_back, retry_at
+from functions.retries import LOST_ATTEMPTS_MAX, NO_PAST, Past, look_back, retry_at, wait_s
 from functions.scopes import Fill
 from headrace.clock import parse_duration
 from headrace.errors import (
@@ -200,11 +200,14 @@ class Worker:
         if past.done is not None:
             await self._fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
             return True
-        wait_s = max(past.retry_at, invocation.not_before) - self._clock()
-        if wait_s > 0.005:
-            await delivery.give_back(wait_s)
+        now, again = self._clock(), not delivery.fresh
+        left_s = max(
+            wait_s(past.retry_at, past.retry_s, now, again=again),
+            wait_s(invocation.not_before, invocation.not_before - invocation.sent_at, now, again=again),
+        )
+        if left_s > 0.005:
+            await delivery.give_back(left_s)
             return False
-        now = self._clock()
         hopeless = self._hopeless(invocation, past) if error is None else ("dead", error)
         if hopeless is not None:
             state, error = hopeless
@@ -483,7 +486,7 @@ class Worker:
             if await self._settled_otherwise(invocation.run_id, invocation.invocation_id, tried.fence):
                 return True
             raise Unavailable("the log refuses a failed attempt and shows no reason", hint="It is run again.") from None
-        await delivery.give_back(max(0.0, again - self._clock()))
+        await delivery.give_back(again - tried.ended_at)
         return False
 
     async def _spread(self, delivery: Delivery, past: Past) -> None:

@@ -25,7 +25,9 @@ def main() -> int:
         verdict = simulate(given.seed, Options(trace=given.trace))
         print(*verdict.trace, sep="\n")
         print("faults:", *verdict.plan, sep="\n  ")
-        print(f"{verdict.messages} messages, {verdict.virtual_s:.1f} virtual s, {verdict.steps} steps, {verdict.digest}")
+        print(
+            f"{verdict.messages} messages, {verdict.virtual_s:.1f} virtual s, {verdict.steps} steps, {verdict.digest}"
+        )
         print(*(verdict.wrong or ["all is well"]), sep="\n")
         return bool(verdict.wrong)
     began = time.monotonic()

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,8 @@ from functions.qos import deadline_of
 from gateway.acceptance import Acceptance
 from gateway.waiting import ends
 from headrace.errors import FunctionError, NotFound, Overloaded, Unavailable
-from headrace.wire import Cancel, Code, EventMeta, FunctionRecord, Invoke, Returned, RouteRecord, Said, encode
+from headrace.model import Code
+from headrace.wire import Cancel, EventMeta, FunctionRecord, Invoke, Returned, RouteRecord, Said, encode
 from streams.ledger import Writer
 from streams.link import Link
 from streams.log import AlreadyThere, Log, Record
@@ -78,7 +79,7 @@ class Actor:
         process = self.process = Process(world.loop, f"{self.name}-{self.starts}")
         world.processes.append(process)
         link = Link()
-        self.client = SimClient(process, link, world.server, world.network, self.starts)
+        self.client = SimClient(process, link, world.server, world.network)
         link.nc = self.client  # type: ignore[assignment] # it has what is used of the real one
         task = process.spawn(self._run(link))
         task.add_done_callback(self._ended, context=WORLD)
@@ -192,7 +193,9 @@ class Pool:
     ) -> Returned:
         """Run one attempt."""
         world = self._world
-        world.effects.append(Effect(invoke.run_id, invoke.invocation_id, invoke.attempt, self._process, world.server.now))
+        world.effects.append(
+            Effect(invoke.run_id, invoke.invocation_id, invoke.attempt, self._process, world.server.now)
+        )
         world.note("run", invoke.function, invoke.invocation_id, invoke.attempt, self._process)
         took_s, ended = programs.perform(invoke)
         if len(invoke.body) % 9 == 0:
@@ -287,10 +290,8 @@ class GatewayActor(Actor):
         assert self._log is not None
         subject = cancel_subject(run)
         wish = Cancel(run_id=run, at=self.clock())
-        try:
+        with suppress(AlreadyThere, Unavailable):
             await self._log.append([Record(subject, encode(wish), subject)])
-        except (AlreadyThere, Unavailable):
-            pass
 
     def _admit(self, trigger: Trigger) -> Admitted:
         route = self.world.tables.routes.items()[trigger.route]

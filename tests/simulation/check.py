@@ -78,8 +78,14 @@ def check(world: World) -> list[str]:
 
 
 def _lost(world: World, facts: Facts) -> list[str]:
-    wrong = [f"lost: {t.event} was accepted and is not in the log" for t in world.triggers if t.accepted and t.run not in facts.first]
-    return wrong + [f"lost: the run {run} has not ended, it is {r.state}" for run, (r, _) in facts.records.items() if not r.ended]
+    wrong = [
+        f"lost: {t.event} was accepted and is not in the log"
+        for t in world.triggers
+        if t.accepted and t.run not in facts.first
+    ]
+    return wrong + [
+        f"lost: the run {run} has not ended, it is {r.state}" for run, (r, _) in facts.records.items() if not r.ended
+    ]
 
 
 def _doubled(facts: Facts) -> list[str]:
@@ -110,7 +116,9 @@ def _fencing(world: World, facts: Facts) -> list[str]:
         for seq, done in facts.dones.get(identity, []):
             holder = max((lease for lease in leases if lease[0] < seq), default=None)
             if holder is not None and holder[1].attempt > done.attempts:
-                wrong.append(f"fencing: attempt {done.attempts} of {identity} committed after lease {holder[1].attempt}")
+                wrong.append(
+                    f"fencing: attempt {done.attempts} of {identity} committed after lease {holder[1].attempt}"
+                )
             if any(at > seq for at, _ in leases):
                 wrong.append(f"fencing: {identity} was taken over after its outcome")
         for seq, tried in facts.tries.get(identity, []):
@@ -209,10 +217,11 @@ def _ghosts(world: World, facts: Facts) -> list[str]:
         for position in range(5)
     }
     wrong = [f"ghost: nobody asked for the run {run}" for run in facts.by_run if run not in sent | emitted]
-    for effect in world.effects:
-        if effect.run not in facts.first or effect.invocation not in facts.works:
-            wrong.append(f"ghost: {effect.process} ran {effect.invocation} of {effect.run}, which is not in the log")
-    return wrong
+    return wrong + [
+        f"ghost: {effect.process} ran {effect.invocation} of {effect.run}, which is not in the log"
+        for effect in world.effects
+        if effect.run not in facts.first or effect.invocation not in facts.works
+    ]
 
 
 def _heard(world: World, facts: Facts) -> list[str]:

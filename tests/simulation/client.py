@@ -44,6 +44,10 @@ class Network:
             return self.slow_s * self._draw()
         return self.usual_s * (0.5 + self._draw())
 
+    def unique(self) -> str:
+        """Draw a name that nobody else has."""
+        return f"{int(self._draw() * 16**12):012x}"
+
 
 class Wired:
     """One connection, from when it is made until it breaks."""
@@ -150,7 +154,7 @@ class SimClient:
 
     connected_server_version = _Version()
 
-    def __init__(self, process: Process, link: Link, server: SimServer, network: Network, number: int) -> None:
+    def __init__(self, process: Process, link: Link, server: SimServer, network: Network) -> None:
         self.process = process
         self.is_closed = False
         self.wired: Wired | None = None
@@ -158,8 +162,8 @@ class SimClient:
         self._link = link
         self._server = server
         self._network = network
-        self._prefix = f"_INBOX_{process.name}.{number}"
-        self._inboxes = itertools.count(1)
+        self._prefix = f"_INBOX_{process.name}"
+        self._asked = itertools.count(1)
         self._outgoing: list[Outgoing] = []
         self._flushing = False
         self._subs: dict[str, list[SimSubscription]] = {}  # by what comes before a closing ``*``, or by exact subject
@@ -173,7 +177,7 @@ class SimClient:
 
     def new_inbox(self) -> str:
         """Return a subject that nobody else uses."""
-        return f"{self._prefix}.{next(self._inboxes)}"
+        return f"{self._prefix}.{self._network.unique()}"
 
     def jetstream(self, **options: Any) -> JetStreamContext:
         """Return the interface for management requests."""
@@ -200,18 +204,16 @@ class SimClient:
         """Send what waits."""
         self._flush()
 
-    async def request(
-        self, subject: str, payload: bytes = b"", timeout: float = 0.5, headers: Headers = None
-    ) -> Msg:
+    async def request(self, subject: str, payload: bytes = b"", timeout: float = 0.5, headers: Headers = None) -> Msg:
         """Ask, and return the answer."""
         if not self._request_prefix:
             self._request_prefix = self.new_inbox()
             await self.subscribe(self._request_prefix + ".*", cb=self._take_answer)
-        reply = f"{self._request_prefix}.{next(self._inboxes)}"
+        reply = f"{self._request_prefix}.{next(self._asked)}"
         future = self._requests[reply] = asyncio.get_running_loop().create_future()
         try:
             await self.publish(subject, payload, reply=reply, headers=headers)
-            answer = await asyncio.wait_for(future, timeout)
+            answer: Msg = await asyncio.wait_for(future, timeout)
         except TimeoutError as error:
             raise nats.errors.TimeoutError from error
         finally:

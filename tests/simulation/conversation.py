@@ -1,4 +1,4 @@
-"""One conversation with a log's server, as our code has it, and what was answered: the same of the real and of the fake.
+"""A conversation with a log's server, as our code has it, and the answers: the same of the real and of the simulated.
 
 Times, names of batches and of inboxes are left out; sequences, codes, counts and orders stay.
 """
@@ -128,7 +128,9 @@ class Talk:
     async def consumer(self, name: str, **config: Any) -> None:
         """Create a consumer."""
         request = {"stream_name": STREAM, "config": {"name": name, **config}}
-        found = json.loads((await self.ask(f"$JS.API.CONSUMER.CREATE.{STREAM}.{name}", json.dumps(request).encode())).data)
+        found = json.loads(
+            (await self.ask(f"$JS.API.CONSUMER.CREATE.{STREAM}.{name}", json.dumps(request).encode())).data
+        )
         self.note(f"create {name}", found.get("name") == name, "error" in found)
 
     async def pull(self, name: str, number: int, expires_s: float = 5.0, beat_s: float = 0.0) -> str:
@@ -190,7 +192,9 @@ async def _batches(talk: Talk) -> None:
         ("hr.work.2.t.r3.a", 0, "hr.work.*.t.r3.a"),
     )
     await talk.batch(
-        "two guards on one empty place", ("hr.note.r4.a.1", 0, "hr.cancel.r4.*"), ("hr.note.r4.b.1", 0, "hr.cancel.r4.*")
+        "two guards on one empty place",
+        ("hr.note.r4.a.1", 0, "hr.cancel.r4.*"),
+        ("hr.note.r4.b.1", 0, "hr.cancel.r4.*"),
     )
     await talk.batch("the same subject guarded twice", ("hr.done.r5.a", 0, ""), ("hr.done.r5.a", 0, ""))
     await talk.batch("guarded, then written again", ("hr.done.r5.b", 0, ""), ("hr.done.r5.b", None, ""))

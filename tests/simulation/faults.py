@@ -58,7 +58,7 @@ class Nemesis:
             self.plan.append("answers of Redis are lost")
         if rng.random() < 0.2:
             for actor in world.actors:
-                actor.skew_s = rng.choice((0.0, 0.5, -0.5, 40.0, -40.0)) * rng.random()
+                actor.skew_s = rng.choice((0.0, 0.5, -0.5, 40.0, -40.0, SKEW_S_MAX, -SKEW_S_MAX)) * rng.random()
             self.plan.append("clocks differ by " + ", ".join(f"{a.skew_s:.1f}" for a in world.actors))
         for _ in range(rng.randrange(0, 6)):
             name, act = self._draw()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
 import random
 from asyncio import events
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 _PROCESS: contextvars.ContextVar[Process] = contextvars.ContextVar("process")
@@ -47,7 +48,8 @@ class Process:
         self.context = contextvars.copy_context()
         self.context.run(_PROCESS.set, self)
         self._tasks: list[asyncio.Task[Any]] = []
-        self._held: list[asyncio.Handle] = []
+        self._held: list[_Handle | _Timer] = []
+        self._dropped: list[_Handle | _Timer] = []
         self._fuse = 0
         self._on_fuse: Callable[[], None] | None = None
 
@@ -72,7 +74,6 @@ class Process:
         """End it at once."""
         self.alive = False
         self.special = True
-        self._held.clear()
 
     def freeze(self) -> None:
         """Stop it; what is due waits until it goes on."""
@@ -91,10 +92,10 @@ class Process:
         self._on_fuse = None
         self.special = self.frozen or not self.alive
 
-    def admits(self, handle: asyncio.Handle) -> bool:
+    def admits(self, handle: _Handle | _Timer) -> bool:
         """Say whether a callback of it may run now."""
         if not self.alive:
-            self._tasks.append(handle)  # type: ignore[arg-type] # kept as it is until the end, never run
+            self._dropped.append(handle)  # kept as it is until the end, so that nothing in it is cleaned up
             return False
         if self.frozen:
             self._held.append(handle)
@@ -112,13 +113,12 @@ class Process:
         """Take apart what is left when the simulation is over."""
         self.alive = False
         for task in self._tasks:
-            if isinstance(task, asyncio.Task) and not task.done():
+            if not task.done():
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
-                try:
-                    task.get_coro().close()  # type: ignore[union-attr]
-                except BaseException:  # noqa: S110 - whatever it wants to do on the way out, it is dead
-                    pass
+                with contextlib.suppress(BaseException):  # whatever it wants to do on the way out, it is dead
+                    task.get_coro().close()
         self._tasks.clear()
+        self._dropped.clear()
         self._held.clear()
 
 
@@ -141,9 +141,16 @@ class _Handle(asyncio.Handle):
 
 class _Timer(asyncio.TimerHandle):
     __slots__ = ()
+    _context: contextvars.Context
+    _callback: Callable[..., object]
 
     def __init__(
-        self, when: float, callback: Callable[..., object], args: Any, loop: SimLoop, context: contextvars.Context | None
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: Any,
+        loop: SimLoop,
+        context: contextvars.Context | None,
     ) -> None:
         _Handle.__init__(self, callback, args, loop, context)  # type: ignore[arg-type] # they have the same fields
         self._when = when
@@ -157,8 +164,8 @@ class SimLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._draw = rng.random
         self._now = 0.0
-        self._ready: list[asyncio.Handle] = []  # type: ignore[assignment] # only what stands here touches it
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._ready: list[_Handle | _Timer] = []  # only what stands here touches it
+        self._timers: list[tuple[float, int, _Timer]] = []
         self._timers_made = 0
         self.limit_s = 100_000.0
         self.limit_steps = 500_000
@@ -175,7 +182,7 @@ class SimLoop(asyncio.BaseEventLoop):
         """Call something of the world, and of no process, after a while."""
         return self.call_at(self._now + delay_s, act, *args, context=WORLD)
 
-    def resume(self, handles: list[asyncio.Handle]) -> None:
+    def resume(self, handles: list[_Handle | _Timer]) -> None:
         """Have callbacks run that were held back."""
         self._ready += handles
 
@@ -219,9 +226,9 @@ class SimLoop(asyncio.BaseEventLoop):
             self.steps += 1
             if self.steps > self.limit_steps:
                 raise OutOfTime(f"{self.steps:,} callbacks have run")
-            context.run(handle._callback, *handle._args)  # type: ignore[arg-type]
+            context.run(handle._callback, *handle._args)
 
-    def _advance(self, ready: list[asyncio.Handle]) -> None:
+    def _advance(self, ready: list[_Handle | _Timer]) -> None:
         """Jump to the next instant at which something is due."""
         timers = self._timers
         while timers:
@@ -239,10 +246,18 @@ class SimLoop(asyncio.BaseEventLoop):
             return
         raise OutOfTime("nothing can ever happen any more")
 
-    def clear(self) -> None:
-        """Forget all that was to be called."""
+    def take_apart(self, processes: Iterable[Process]) -> None:
+        """End for good: take apart what is left of the processes, and forget all that was to be called."""
+        before = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
+            for process in processes:
+                process.bury()
+        finally:
+            events._set_running_loop(before)
         self._ready.clear()
         self._timers.clear()
+        self.close()
 
     def _write_to_self(self) -> None:
         """There is one thread; nobody has to be woken."""

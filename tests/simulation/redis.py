@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
 
 import redis.exceptions
@@ -46,7 +46,8 @@ class SimRedis:
 
     async def get(self, key: str) -> bytes | None:
         await self._reach()
-        return await self._answered(self.data.get(_raw(key)))
+        found: bytes | None = await self._answered(self.data.get(_raw(key)))
+        return found
 
     async def set(self, key: str, value: Any) -> None:
         await self._reach()
@@ -105,7 +106,7 @@ class SimRedis:
             self._do("SET", key, now)
         return there
 
-    _SCRIPTS: ClassVar = {READ: _read, WRITE: _write}
+    _SCRIPTS: ClassVar[dict[str, Callable[..., Any]]] = {READ: _read, WRITE: _write}
 
     def _do(self, name: str, *words: Any) -> None:
         key, *rest = (_raw(w) for w in words)

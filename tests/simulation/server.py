@@ -225,7 +225,9 @@ class SimServer:
             self._answer(reply, self._create(msgspec.json.decode(body)["config"]))
         elif subject.startswith(_DELETE):
             found = self.delete(subject[len(_DELETE) :])
-            told = {"success": True} if found else {"error": {"code": 404, "err_code": 10014, "description": "not found"}}
+            told = (
+                {"success": True} if found else {"error": {"code": 404, "err_code": 10014, "description": "not found"}}
+            )
             self._answer(reply, msgspec.json.encode(told))
         else:
             return False
@@ -510,18 +512,18 @@ class SimServer:
             consumer.due.pop(seq, None)
             if first is not None:
                 progress.floor = min(progress.pending.values(), default=progress.places + 1) - 1
+        elif seq not in progress.pending:
+            return
         elif body == b"+WPI":
-            if seq in progress.pending:
-                self._time(consumer, seq, consumer.ack_wait_s)
-        elif body.startswith(b"-NAK"):
-            if place > progress.floor and seq in progress.pending:
-                self.on_event("nak", subject, by)
-                delay_ns = msgspec.json.decode(body[5:])["delay"] if len(body) > 4 else 0
-                if delay_ns:
-                    self._time(consumer, seq, delay_ns / SECOND_NS)
-                elif seq not in consumer.redeliver:
-                    consumer.redeliver.append(seq)
-                    self._pump(consumer)
+            self._time(consumer, seq, consumer.ack_wait_s)
+        elif place > progress.floor:  # -NAK
+            self.on_event("nak", subject, by)
+            delay_ns = msgspec.json.decode(body[5:])["delay"] if len(body) > 4 else 0
+            if delay_ns:
+                self._time(consumer, seq, delay_ns / SECOND_NS)
+            elif seq not in consumer.redeliver:
+                consumer.redeliver.append(seq)
+                self._pump(consumer)
 
     def _time(self, consumer: _Consumer, seq: int, wait_s: float) -> None:
         """Have a delivery come again after this time."""
@@ -600,7 +602,10 @@ def _head(pattern: Tokens) -> Tokens:
 
 
 def _refusal(code: int) -> bytes:
-    return b'{"error":{"code":400,"err_code":%d,"description":"refused"},"stream":"%s","seq":0}' % (code, STREAM.encode())
+    return b'{"error":{"code":400,"err_code":%d,"description":"refused"},"stream":"%s","seq":0}' % (
+        code,
+        STREAM.encode(),
+    )
 
 
 def _stored(kept: Kept) -> dict[str, str]:

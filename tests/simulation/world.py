@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.model import Code
 from headrace.names import run_id
-from headrace.wire import Code, encode
+from headrace.wire import encode
 from streams import topology
 from streams.ledger import FACTS, POSITION
 from streams.stored import Stored
@@ -84,7 +85,7 @@ class World:
         self.server.guarding = options.guarding
         self.server.on_event = self._hear
         self.redis = SimRedis(self.loop, random.Random(draw.random()))
-        self.blobs: dict[str, bytes] = {name: _CODE for name in (programs.WORK, programs.JOIN)}
+        self.blobs: dict[str, bytes] = dict.fromkeys((programs.WORK, programs.JOIN), _CODE)
         self.tables = Tables()
         self.worker_kind = options.worker
         self.processes: list[Process] = []
@@ -227,13 +228,6 @@ class World:
         newest = max((found.seq for facts in FACTS if (found := self.server.last(facts)) is not None), default=0)
         return int(self.redis.data.get(POSITION.encode(), b"0")) >= newest and b"hr:whole" in self.redis.data
 
-    def bury(self) -> None:
-        """Take everything apart."""
-        for process in self.processes:
-            process.bury()
-        self.loop.clear()
-        self.loop.close()
-
 
 _CODE = encode(Code(kind="source", name="work", module="work", files={"work.py": "..."}))
 
@@ -263,7 +257,7 @@ def simulate(seed: int, options: Options | None = None) -> Verdict:
         messages=len(world.server.log),
         trace=trace,
     )
-    world.bury()
+    world.loop.take_apart(world.processes)
     return verdict
 
 
