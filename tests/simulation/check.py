@@ -12,7 +12,7 @@ from streams.ledger import DEAD, DEAD_LEFT, DEAD_RUNS, LAYOUT, OPEN, POSITION, R
 from streams.record import InvocationRecord, RunRecord, fold_run
 from streams.stored import Stored
 from tests.simulation import programs
-from tests.simulation.server import Kept
+from tests.simulation.messages import Kept
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

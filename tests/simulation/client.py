@@ -15,7 +15,8 @@ from nats.js import JetStreamContext
 
 from streams.link import PING_INTERVAL_S, PINGS_UNANSWERED_MAX, RECONNECT_WAIT_S, Link
 from tests.simulation.loop import Process, SimLoop
-from tests.simulation.server import Headers, SimServer, Wire
+from tests.simulation.messages import Headers, Wire
+from tests.simulation.server import SimServer
 
 SUB, UNSUB = "+SUB", "-SUB"  # in place of a reply: what the client wants to hear, and no longer
 NOTICED_S = PING_INTERVAL_S * (PINGS_UNANSWERED_MAX + 1)

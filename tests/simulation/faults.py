@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tests.simulation.actors import Actor, WorkerActor
 
 if TYPE_CHECKING:
-    from tests.simulation.server import Connection
+    from tests.simulation.messages import Connection
     from tests.simulation.world import World
 
 MOMENTS = (

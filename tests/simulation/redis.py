@@ -132,7 +132,7 @@ class SimRedis:
                 if not of:
                     self.data.pop(key, None)
             case _:
-                raise NotImplementedError(name)
+                raise ValueError(f"the ledger does not use {name}")
 
     # ------------------------------------------------------------ faults
 

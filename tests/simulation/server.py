@@ -13,15 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import msgspec
 
 from streams.topology import STREAM
 from tests.simulation.loop import SimLoop
-
-Headers = dict[str, str] | None
-Tokens = tuple[str, ...]
+from tests.simulation.messages import Connection, Headers, Kept, Tokens, Wire, fits
 
 EPOCH = 1_800_000_000.0  # when every simulation begins, in epoch seconds
 EXPECT = "Nats-Expected-Last-Subject-Sequence"
@@ -37,47 +35,6 @@ _CREATE = f"$JS.API.CONSUMER.CREATE.{STREAM}."
 _DELETE = f"$JS.API.CONSUMER.DELETE.{STREAM}."
 _GET = f"$JS.API.DIRECT.GET.{STREAM}"
 _INFO = f"$JS.API.STREAM.INFO.{STREAM}"
-
-
-class Wire(NamedTuple):
-    """A message on its way; ``to`` is the subject by which it finds its subscription."""
-
-    to: str
-    subject: str
-    reply: str
-    body: bytes
-    headers: Headers
-
-
-class Kept(NamedTuple):
-    """A message of the log."""
-
-    seq: int
-    subject: str
-    body: bytes
-    at: float
-    at_ns: int
-    tokens: Tokens
-
-
-class Connection(Protocol):
-    """A client as the server sees it."""
-
-    name: str
-
-    def send(self, message: Wire) -> None:
-        """Put a message on the way to the client."""
-
-
-def fits(pattern: Tokens, tokens: Tokens) -> bool:
-    """Say whether a subject is among those that a pattern with ``*`` and a closing ``>`` names."""
-    if pattern[-1] == ">":
-        if len(tokens) < len(pattern):
-            return False
-        pattern = pattern[:-1]
-    elif len(pattern) != len(tokens):
-        return False
-    return all(p in ("*", t) for p, t in zip(pattern, tokens, strict=False))
 
 
 class _Request:
@@ -173,7 +130,7 @@ class SimServer:
     def _interest(self, pattern: str) -> tuple[dict[str, list[Connection]], str]:
         head, _, last = pattern.rpartition(".")
         if "*" in head or last == ">":
-            raise NotImplementedError(f"a subscription to {pattern}")
+            raise ValueError(f"nobody subscribes to {pattern}")
         return (self._starred, head) if last == "*" else (self._exact, pattern)
 
     def _hearing(self, subject: str) -> list[Connection]:

@@ -20,8 +20,9 @@ from tests.simulation.actors import Actor, Effect, GatewayActor, LedgerActor, Ta
 from tests.simulation.client import Network
 from tests.simulation.faults import Nemesis
 from tests.simulation.loop import OutOfTime, Process, SimLoop, run
+from tests.simulation.messages import Connection
 from tests.simulation.redis import SimRedis
-from tests.simulation.server import Connection, SimServer
+from tests.simulation.server import SimServer
 from workers.worker import Tools, Worker
 
 FAULTS_S = 4.0
