@@ -80,6 +80,7 @@ def tally(scope: Scope, fills: list[Fill], now: float) -> tuple[Tally, list[Reco
         filled=[(i, f.seq) for i, f in fresh.items()],
         failed=failed,
         error=error,
+        after=scope.last_seq,
     )
     subject = tally_subject(made.run_id, made.scope)
     records = [Record(subject, encode(made), subject, scope.last_seq)]

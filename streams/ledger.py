@@ -133,7 +133,7 @@ class Writer:
                     # meantime is told from the log.
                     if len(batch) < WINDOW // 4:
                         await asyncio.sleep(LINGER_S)
-                elif int(await self._redis.get(POSITION) or 0) != self._position:
+                elif (there := await self._redis.get(POSITION)) is None or int(there) != self._position:
                     raise _Moved("it changed while nothing happened")
 
     async def _begin(self) -> None:

@@ -112,7 +112,9 @@ class SimServer:
     def subscribe(self, connection: Connection, pattern: str) -> None:
         """Let a connection hear a subject, or all with one more token (``.*``)."""
         where, key = self._interest(pattern)
-        where.setdefault(key, []).append(connection)
+        connections = where.setdefault(key, [])
+        if connection not in connections:  # a client that repeats itself is heard once
+            connections.append(connection)
 
     def unsubscribe(self, connection: Connection, pattern: str) -> None:
         """Let it hear that no longer."""
