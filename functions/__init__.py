@@ -3,7 +3,8 @@
 Rooms: ``catalog`` (registering), ``routing`` (events to routes), ``admission`` (the first invocation of a run),
 ``qos`` (deadlines and lanes), ``effects`` (an outcome and what it starts), ``scopes`` (branches that end together),
 ``retries`` (another attempt or not), ``revisions`` with ``voevent`` (what an event replaces or takes back),
-``replays`` (another go for what failed).
+``replays`` (another go for what failed), ``sizes`` (how many outcomes a run comes to); ``forecast`` (how long it takes)
+and ``order`` with ``due`` and ``reserve`` (what starts next), which the benchmark of deadlines judges.
 ``examples/`` holds the science functions that ship with Headrace.
 
 May import ``headrace`` and ``streams``.

@@ -19,6 +19,7 @@ from operator import add
 from typing import NamedTuple
 
 from functions.qos import lane
+from functions.sizes import Sizes
 from gateway.needs import Lanes
 from gateway.problems import Busy
 from headrace.errors import Unavailable
@@ -78,8 +79,7 @@ class Backlog:
         self._samples: deque[_Sample] = deque()
         self._waits_since = 0.0
         self._rest: _Sample | None = None
-        self._measured: _Sample | None = None
-        self._each = 1.0
+        self._sizes = Sizes()
         self._counting = ""
         self._looked_at = -math.inf
         self._looking: asyncio.Task[None] | None = None
@@ -101,18 +101,19 @@ class Backlog:
     def following(self) -> float:
         """Return how many outcomes follow from one piece of waiting work, itself included: chains and what they emit.
 
-        Between two moments of rest, so many outcomes came for one that was accepted. What that promises for all that
-        was accepted since, less what has ended, is yet to be done; where it waits already (large maps) it is one each.
+        What was accepted since nothing waited comes to so many outcomes, by the sizes that runs of its routes had
+        before; less what has ended, that is yet to be done by what waits. Members of large maps wait themselves.
         """
         if not self._samples:
             return 1.0
         first, last = self._samples[0], self._samples[-1]
+        if not self._sizes.accepted or self._rest is None:
+            return 1.0
         begun = last.accepted - first.accepted
         seen = (last.ended - first.ended + last.waiting - first.waiting) / begun if begun >= EVIDENCE else 1.0
-        each = min(FOLLOWING_MAX, max(1.0, seen, self._each))
-        if self._rest is None:
-            return each
-        to_do = (last.accepted - self._rest.accepted) * each - (last.ended - self._rest.ended)
+        expected = self._sizes.expected(min(FOLLOWING_MAX, max(1.0, seen)))
+        each = min(FOLLOWING_MAX, max(1.0, expected / self._sizes.accepted))
+        to_do = expected - (last.ended - self._rest.ended)
         return min(each, max(1.0, to_do / max(1, last.waiting)))
 
     def check(self, deadline: float | None, now: float, runs: int = 1) -> None:
@@ -140,8 +141,9 @@ class Backlog:
                 wait_s - WAIT_SHARE * left_s,
             )
 
-    def took(self, deadline: float | None, now: float, runs: int = 1) -> None:
-        """Count runs that were accepted, until the next look sees them."""
+    def took(self, route: str, deadline: float | None, now: float, runs: int = 1) -> None:
+        """Count runs that were accepted on a route, until the next look sees them."""
+        self._sizes.accept(route, runs)
         self._taken[lane(deadline, now)] += runs
         self._accepted += runs
 
@@ -185,7 +187,7 @@ class Backlog:
         sample = _Sample(look.at, look.ended, sum(look.waiting) + sum(look.held), self._accepted)
         if look.counting != self._counting:
             self._counting = look.counting
-            self._rest = self._measured = None
+            self._rest = None
             self._samples.clear()
         # What workers hold is mostly not begun either, and what they gave back waits with them.
         self._waiting = tuple(map(add, look.waiting, look.held))
@@ -207,10 +209,8 @@ class Backlog:
 
     def _rest_at(self, sample: _Sample) -> None:
         """All that was accepted has come to its end: so many outcomes belong to so many runs."""
+        if self._rest is None:
+            self._sizes.forget()
+        else:
+            self._sizes.rest(sample.ended - self._rest.ended)
         self._rest = sample
-        since = self._measured
-        if since is None:
-            self._measured = sample
-        elif sample.accepted - since.accepted >= EVIDENCE:
-            self._each = (sample.ended - since.ended) / (sample.accepted - since.accepted)
-            self._measured = sample

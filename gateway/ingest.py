@@ -221,7 +221,7 @@ class Ingest:
         now = self._clock()
         for one in accepted:
             if not one.duplicate:
-                self._backlog.took(one.first.deadline, now)
+                self._backlog.took(one.first.route, one.first.deadline, now)
         duplicates = sum(one.duplicate for one in accepted)
         self._door.duplicate += duplicates
         self._door.accepted += len(accepted) - duplicates

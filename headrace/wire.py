@@ -236,8 +236,8 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Tally(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Slots of a scope that were filled since the tally before it: (index, outcome sequence), and those that failed.
 
-    ``after`` is the sequence of that tally, 0 for the first. Two workers may count the same slot in the same words; what
-    they knew of the scope tells their tallies apart, also for who has to find out whether his own was stored.
+    ``after`` is the sequence of that tally, 0 for the first. Two workers may count a slot in the same words; what
+    each knew of the scope tells their tallies apart, also for who has to find out whether his own was stored.
     """
 
     run_id: str

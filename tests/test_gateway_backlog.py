@@ -91,7 +91,7 @@ async def test_what_was_accepted_since_the_last_look_counts(backlog: Backlog, la
         lanes.ended += 10
     backlog.check(NOW + 10.0, NOW)
     for _ in range(100):
-        backlog.took(NOW + 10.0, NOW)
+        backlog.took("r", NOW + 10.0, NOW)
     with pytest.raises(Busy):
         backlog.check(NOW + 10.0, NOW)
 
@@ -99,11 +99,11 @@ async def test_what_was_accepted_since_the_last_look_counts(backlog: Backlog, la
 async def test_what_follows_from_what_waits_counts(backlog: Backlog, lanes: Counted) -> None:
     # Between two moments of rest, four outcomes came for each that was accepted.
     await look(backlog, lanes)
-    backlog.took(NOW + 10.0, NOW, runs=100)
+    backlog.took("r", NOW + 10.0, NOW, runs=100)
     lanes.ended = 400
     await look(backlog, lanes)
     lanes.waiting[3] = 100
-    backlog.took(NOW + 10.0, NOW, runs=100)
+    backlog.took("r", NOW + 10.0, NOW, runs=100)
     for _ in range(10):
         await look(backlog, lanes)
         lanes.ended += 2  # 4 a second: 100 s of work, of which 25 s wait already
@@ -115,12 +115,30 @@ async def test_what_follows_from_what_waits_counts(backlog: Backlog, lanes: Coun
 
 async def test_the_members_of_a_large_map_wait_by_themselves(backlog: Backlog, lanes: Counted) -> None:
     await look(backlog, lanes)
-    backlog.took(NOW + 10.0, NOW, runs=20)
+    backlog.took("r", NOW + 10.0, NOW, runs=20)
     lanes.ended = 20 * 500
     await look(backlog, lanes)
-    backlog.took(NOW + 10.0, NOW)
+    backlog.took("r", NOW + 10.0, NOW)
     lanes.waiting[3] = 499
     for _ in range(5):
+        await look(backlog, lanes)
+        lanes.ended += 50
+        lanes.waiting[3] -= 50
+    assert backlog.following() == pytest.approx(1.0, abs=0.01)
+
+
+async def test_a_large_map_of_one_route_says_nothing_of_the_runs_of_another(backlog: Backlog, lanes: Counted) -> None:
+    await look(backlog, lanes)
+    for _ in range(3):
+        backlog.took("map", NOW + 10.0, NOW)
+        lanes.ended += 10_002
+        await look(backlog, lanes)
+    backlog.took("plain", NOW + 10.0, NOW, runs=100)
+    lanes.ended += 100
+    await look(backlog, lanes)
+    backlog.took("plain", NOW + 10.0, NOW, runs=500)
+    lanes.waiting[3] = 500
+    for _ in range(3):
         await look(backlog, lanes)
         lanes.ended += 50
         lanes.waiting[3] -= 50
