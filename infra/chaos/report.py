@@ -95,7 +95,7 @@ def write(reports: list[Report], folder: Path = REPORTS) -> None:
         if report.result is not None:
             body = msgspec.json.format(msgspec.json.encode(report), indent=2)
             (folder / f"{report.fault}.json").write_bytes(body + b"\n")
-    kept = [msgspec.json.decode(path.read_bytes(), type=Report) for path in folder.glob("*.json")]
+    kept = [msgspec.json.decode(path.read_bytes(), type=Report) for path in folder.glob("[A-Z]*.json")]
     (folder / SUMMARY).write_text(summary(sorted(kept, key=_order)))
 
 

@@ -53,7 +53,7 @@ class Page:
         if self._reader is None:
             return
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while line := await self._reader.readline():
+            while (line := await self._reader.readline()).endswith(b"\n"):  # else it was cut off in mid-line
                 yield line.decode("utf-8", "replace").strip()
 
     async def read(self, until: set[str], patience_s: float) -> None:
