@@ -1,8 +1,8 @@
 """How many outcomes a run of each route comes to: learned from what is only counted for all routes together.
 
-Between two moments at which no work waits, all that was accepted has ended. So the outcomes of such a stretch are the
-sum over routes of runs accepted times their size. Each stretch corrects the sizes that it concerns by the error it
-shows, in proportion to how often a route occurs in it (normalised least mean squares: Widrow and Hoff, 1960).
+Between two moments at which no work waits, all that was accepted has ended. A stretch in which a single route was used
+tells the size of its runs; one in which several were used tells only a sum, and is passed over: to share it out by how
+often each occurs would take a run beside one large map for a large one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ class Sizes:
 
     def rest(self, ended: int) -> None:
         """Learn that all accepted since the last rest has come to its end, with so many outcomes; begin anew."""
-        if self._accepted:
-            error = ended - sum(self._size(route) * runs for route, runs in self._accepted.items())
-            weight = sum(runs * runs for runs in self._accepted.values())
-            for route, runs in self._accepted.items():
-                self._sizes[route] = max(1.0, self._size(route) + error * runs / weight)
+        if len(self._accepted) == 1:
+            ((route, runs),) = self._accepted.items()
+            self._sizes[route] = max(1.0, ended / runs)
         while len(self._sizes) > ROUTES_KEPT_MAX:
             del self._sizes[next(iter(self._sizes))]
         self.forget()
@@ -46,6 +44,3 @@ class Sizes:
             unknown: the size of runs of routes of which nothing was learned.
         """
         return sum(self._sizes.get(route, unknown) * runs for route, runs in self._accepted.items())
-
-    def _size(self, route: str) -> float:
-        return self._sizes.get(route, 1.0)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
-import pytest
-
 from functions.sizes import Sizes
 
 
@@ -18,18 +14,17 @@ def test_one_route_is_known_after_one_rest() -> None:
     assert sizes.expected(unknown=2.0) == 12.0
 
 
-def test_routes_that_run_together_are_told_apart_in_time() -> None:
-    true = {"plain": 1, "chain": 4, "map": 102}
-    rng, sizes = random.Random(1), Sizes()
-    for _ in range(300):
-        counts = {route: rng.randrange(1, 30) for route in true}
-        for route, runs in counts.items():
-            sizes.accept(route, runs)
-        sizes.rest(sum(true[route] * runs for route, runs in counts.items()))
-    for route, size in true.items():
-        sizes.forget()
-        sizes.accept(route)
-        assert sizes.expected(unknown=0.0) == pytest.approx(size, rel=0.05, abs=0.5)
+def test_a_run_beside_a_large_map_is_not_taken_for_a_large_one() -> None:
+    sizes = Sizes()
+    sizes.accept("plain", 100)
+    sizes.rest(ended=100)
+    sizes.accept("plain", 50)
+    sizes.accept("map")
+    sizes.rest(ended=10_052)
+    sizes.accept("plain", 10)
+    assert sizes.expected(unknown=2.0) == 10.0
+    sizes.accept("map")
+    assert sizes.expected(unknown=2.0) == 12.0
 
 
 def test_no_run_is_smaller_than_one_outcome() -> None:
