@@ -57,7 +57,14 @@ class Binding:
             except Unusable as error:
                 self._refused = self._no_such_type(error)
 
-    def invoke(self, *, type: str, body: bytes, event: EventMeta | None, context: Context | None) -> Payload:  # noqa: A002
+    def invoke(
+        self,
+        *,
+        type: str,  # noqa: A002 - the content type, called so in every message
+        body: bytes,
+        event: EventMeta | None,
+        context: Context | None,
+    ) -> Payload:
         """Call the function with this payload and return what it returned.
 
         Args:
@@ -160,7 +167,7 @@ class Binding:
 
     # ------------------------------------------------------------ ordinary payloads
 
-    def _payload(self, type: str, body: bytes, event: EventMeta | None) -> Any:  # noqa: A002
+    def _payload(self, content_type: str, body: bytes, event: EventMeta | None) -> Any:
         if self.takes_event and event is None:
             raise UserError(
                 f"{self.name} takes a whole event, but was started by another function, which passes on data only",
@@ -169,8 +176,8 @@ class Binding:
             )
         try:
             if self._read is not None:
-                return self._read(type, body)
-            return None if event is None else _event(event, type, data_of(type, body))
+                return self._read(content_type, body)
+            return None if event is None else _event(event, content_type, data_of(content_type, body))
         except Mismatch as error:
             raise UserError(
                 f"{self.name}: the data does not fit its parameter {self._named()}: {error}",

@@ -86,8 +86,8 @@ class Capture:
         if self._out.closed or self._err.closed:
             self._open()
         # Declared final, and taken all the same: code that prints to the original streams is heard too.
-        sys.stdout = sys.__stdout__ = self._out  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = self._err  # type: ignore[misc]
+        sys.stdout = sys.__stdout__ = self._out  # type: ignore[misc]  # final for the types, not for us
+        sys.stderr = sys.__stderr__ = self._err  # type: ignore[misc]  # the same
 
     def flush(self) -> None:
         """Pass on what Python still holds back."""

@@ -168,7 +168,7 @@ def trigger(
     *,
     deadline: Deadline = None,
     wait: Wait = None,
-    id: Annotated[str | None, Parameter(help="The event id; the same id is the same run.")] = None,  # noqa: A002
+    id: Annotated[str | None, Parameter(help="The event id; the same id is the same run.")] = None,  # noqa: A002 - --id
     content_type: Annotated[str | None, Parameter(help="What the data is, such as application/json.")] = None,
     as_json: AsJson = False,
 ) -> int:
