@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from headrace.model import Audit, RunPage, RunView
-from headrace.wire import FunctionRecord, RouteRecord
+from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord
 from streams.backlog import Look
 from streams.blobs import Blobs
 from streams.ledger import DeadFound
@@ -87,9 +87,12 @@ class Table(Protocol[T]):
     async def delete(self, name: str) -> bool:
         """Remove a row and say whether there was one."""
 
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call ``changed`` after each change of the copy, until what is returned is called."""
+
 
 class Tables(Protocol):
-    """What is registered."""
+    """What is registered, who shares the platform, and what is expected of functions."""
 
     @property
     def functions(self) -> Table[FunctionRecord]:
@@ -102,6 +105,14 @@ class Tables(Protocol):
     @property
     def routes(self) -> Table[RouteRecord]:
         """Routes by name."""
+
+    @property
+    def tenants(self) -> Table[TenantRecord]:
+        """Those who share the platform, by name."""
+
+    @property
+    def forecasts(self) -> Table[ForecastRow]:
+        """What is expected of functions, by name."""
 
 
 class Store(Blobs, Protocol):

@@ -363,6 +363,34 @@ class RouteRecord(Struct, frozen=True, kw_only=True):
     route: Route
 
 
+class TenantRecord(Struct, frozen=True, kw_only=True):
+    """Somebody who shares the platform: ``digests`` are the SHA-256 (hex) of the tokens that speak for him."""
+
+    name: str
+    digests: list[str]
+    added_at: float
+
+
+class Expected(Struct, frozen=True, array_like=True):
+    """Quantiles of a duration in seconds, and how many durations of its kind were seen so far."""
+
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    observations: int
+
+
+class ForecastRow(Struct, frozen=True, kw_only=True):
+    """What is expected of one function: by ``measure|version|site|size``, with empty parts for wider kinds.
+
+    The measures are in ``functions.outlook``.
+    """
+
+    function: str
+    kinds: dict[str, Expected]
+    at: float
+
+
 # ---------------------------------------------------------------- a worker and its child
 
 

@@ -1,18 +1,19 @@
-"""What is registered: functions, their versions, and routes, as tables that every process holds a fresh copy of."""
+"""Small tables that every process holds a fresh copy of: functions, their versions, routes, tenants, and forecasts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import nats.errors
 from nats.js.errors import KeyDeletedError, KeyNotFoundError
 from nats.js.kv import KeyValue
 
 from headrace.errors import Unavailable
-from headrace.wire import FunctionRecord, RouteRecord, decode, encode
+from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord, decode, encode
 from streams.link import Link
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Table(Generic[T]):
         self._store: KeyValue | None = None
         self._watching: asyncio.Task[None] | None = None
         self._filled = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     async def open(self) -> None:
         """Fill the copy and keep it fresh from now on."""
@@ -52,6 +54,15 @@ class Table(Generic[T]):
         """Return the copy in memory; do not change it."""
         return self._rows
 
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call ``changed`` after each change of the copy, until what is returned is called."""
+        self._listeners.append(changed)
+        return lambda: self._listeners.remove(changed)
+
+    def _tell(self) -> None:
+        for changed in list(self._listeners):
+            changed()
+
     async def fetch(self, name: str) -> T | None:
         """Return the row as the server has it, for when the copy may be a moment behind.
 
@@ -66,6 +77,7 @@ class Table(Generic[T]):
             raise self._away() from error
         row = decode(entry.value or b"", self._kind)
         self._rows[name] = row
+        self._tell()
         return row
 
     async def put(self, name: str, row: T) -> None:
@@ -75,6 +87,7 @@ class Table(Generic[T]):
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._away() from error
         self._rows[name] = row
+        self._tell()
 
     async def delete(self, name: str) -> bool:
         """Remove a row and say whether there was one."""
@@ -85,6 +98,7 @@ class Table(Generic[T]):
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._away() from error
         self._rows.pop(name, None)
+        self._tell()
         return True
 
     def _bound(self) -> KeyValue:
@@ -110,11 +124,15 @@ class Table(Generic[T]):
                                     del self._rows[gone]
                             told = True
                             self._filled.set()
+                            self._tell()
                         elif entry.operation in ("DEL", "PURGE"):
                             self._rows.pop(entry.key, None)
+                            self._tell()
                         else:
                             seen.add(entry.key)
                             self._rows[entry.key] = decode(entry.value or b"", self._kind)
+                            if told:
+                                self._tell()
                 finally:
                     with contextlib.suppress(Exception):
                         await watcher.stop()  # type: ignore[no-untyped-call] # nats-py leaves it untyped
@@ -126,16 +144,25 @@ class Table(Generic[T]):
 
 
 class Tables:
-    """The three tables of a platform."""
+    """The tables of a platform."""
 
     def __init__(self, link: Link) -> None:
         self.functions = Table(link, "functions", FunctionRecord)
         self.versions = Table(link, "versions", FunctionRecord)
         self.routes = Table(link, "routes", RouteRecord)
+        self.tenants = Table(link, "tenants", TenantRecord)
+        self.forecasts = Table(link, "forecasts", ForecastRow)
+
+    async def open(self) -> None:
+        """Fill the copies of all of them, and keep them fresh from now on."""
+        await asyncio.gather(*(table.open() for table in self._all()))
 
     async def close(self) -> None:
         """Stop following all of them."""
-        await asyncio.gather(self.functions.close(), self.versions.close(), self.routes.close())
+        await asyncio.gather(*(table.close() for table in self._all()))
+
+    def _all(self) -> tuple[Table[Any], ...]:
+        return (self.functions, self.versions, self.routes, self.tenants, self.forecasts)
 
     def function(self, name: str) -> FunctionRecord | None:
         """Return the current version of a function."""
@@ -150,5 +177,5 @@ class Tables:
 async def open_tables(link: Link) -> Tables:
     """Open all tables and return them once their copies are filled."""
     tables = Tables(link)
-    await asyncio.gather(tables.functions.open(), tables.versions.open(), tables.routes.open())
+    await tables.open()
     return tables

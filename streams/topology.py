@@ -40,7 +40,7 @@ INLINE_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 16 * 1024 * 1024
 ACK_WAIT_S = 6.0
 ACK_PENDING_MAX = 100_000
-BUCKETS = ("functions", "versions", "routes")
+BUCKETS = ("functions", "versions", "routes", "tenants", "forecasts")
 
 
 class Limits(Struct, frozen=True, kw_only=True):

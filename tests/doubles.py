@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from headrace.errors import TooLarge, Unavailable
 from headrace.model import Audit, RunPage, RunView
-from headrace.wire import FunctionRecord, RouteRecord
+from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord
 from streams.ledger import Dead, DeadFound
 from streams.log import READ_MANY_MAX, AlreadyThere, Record
 from streams.record import InvocationRecord, RunRecord, fold_run, view
@@ -149,6 +149,9 @@ class MemoryTable(Generic[T]):
     def items(self) -> dict[str, T]:
         return self.rows
 
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
     async def fetch(self, name: str) -> T | None:
         return self.rows.get(name)
 
@@ -164,6 +167,8 @@ class MemoryTables:
     functions: MemoryTable[FunctionRecord] = field(default_factory=MemoryTable)
     versions: MemoryTable[FunctionRecord] = field(default_factory=MemoryTable)
     routes: MemoryTable[RouteRecord] = field(default_factory=MemoryTable)
+    tenants: MemoryTable[TenantRecord] = field(default_factory=MemoryTable)
+    forecasts: MemoryTable[ForecastRow] = field(default_factory=MemoryTable)
 
 
 class MemoryReader:

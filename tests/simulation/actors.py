@@ -160,12 +160,27 @@ class _Routes:
         return self._rows.get(name)
 
 
+class _Empty:
+    """A table without rows."""
+
+    def get(self, name: str) -> None:
+        return None
+
+    def items(self) -> dict[str, object]:
+        return {}
+
+    def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+
 class Tables:
     """What is registered: always the same here."""
 
     def __init__(self) -> None:
         self._functions = programs.functions()
         self.routes = _Routes()
+        self.tenants = _Empty()
+        self.forecasts = _Empty()
 
     def function(self, name: str) -> FunctionRecord | None:
         return self._functions.get(name)
