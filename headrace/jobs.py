@@ -1,0 +1,245 @@
+"""What a batch job is: the words of PSI/J's JobSpec, with the inputs, outputs and sites that Headrace adds.
+
+A specification is checked when it is made, in the user's own process, so that a job which no site can run is an error
+at the line that asks for it and not an hour later at a facility.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from headrace.clock import parse_duration
+from headrace.errors import BadRequest, TooLarge
+from headrace.names import check_name
+
+SPEC_BYTES_MAX = 256 * 1024
+NODES_MAX = 100_000
+PROCESSES_MAX = 10_000_000
+FILES_MAX = 1000
+LAUNCHERS = ("single", "multiple", "srun", "mpirun", "aprun", "jsrun")
+RECORDS = ".headrace"  # the folder in a job's own that tells how it went; no input or output may take its name
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+_ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]*\.[A-Za-z][A-Za-z0-9_-]*")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:\S+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class _Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Fields have the types they say, also where a struct is made by hand; a dict becomes the struct it stands for."""
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds(type(self)).items():
+            try:
+                value = msgspec.convert(getattr(self, name), kind)
+            except msgspec.ValidationError as error:
+                raise BadRequest(f"{type(self).__name__}: {name}: {error}") from error
+            msgspec.structs.force_setattr(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise BadRequest for what has the right type and makes no sense."""
+
+
+@lru_cache
+def _kinds(of: type[Struct]) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(of)}
+
+
+class Resources(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a job needs, in the words of PSI/J's ResourceSpecV1; what is not given follows from the rest.
+
+    ``process_count`` is ``node_count`` times ``processes_per_node``. ``memory`` is that of the whole job, in bytes.
+    """
+
+    node_count: int | None = None
+    process_count: int | None = None
+    processes_per_node: int | None = None
+    cpu_cores_per_process: int | None = None
+    gpu_cores_per_process: int | None = None
+    exclusive_node_use: bool = False
+    memory: int | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many processes are started in all."""
+        return self.process_count or (self.node_count or 1) * (self.processes_per_node or 1)
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes the job takes, as PSI/J counts where none are given: all processes on one."""
+        return self.node_count or self.processes // (self.processes_per_node or self.processes)
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the job takes in all."""
+        return self.processes * (self.gpu_cores_per_process or 0)
+
+    def _check(self) -> None:
+        for name, most in (("node_count", NODES_MAX), ("process_count", PROCESSES_MAX)):
+            given = getattr(self, name)
+            if given is not None and given > most:
+                raise TooLarge(f"resources: {name} is {given}; at most {most}")
+        for name in ("node_count", "process_count", "processes_per_node", "cpu_cores_per_process", "memory"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise BadRequest(f"resources: {name} is {given}", hint="Leave it out, or ask for at least 1.")
+        if self.gpu_cores_per_process is not None and self.gpu_cores_per_process < 0:
+            raise BadRequest(f"resources: gpu_cores_per_process is {self.gpu_cores_per_process}", hint="0 means none.")
+        nodes, processes, per_node = self.node_count, self.process_count, self.processes_per_node
+        if nodes and processes and per_node and nodes * per_node != processes:
+            raise BadRequest(
+                f"resources: {nodes} nodes with {per_node} processes each are {nodes * per_node} processes, and "
+                f"process_count says {processes}",
+                hint="Give two of the three; the other one follows.",
+            )
+        share = per_node or nodes
+        if processes and share and processes % share:
+            raise BadRequest(
+                f"resources: {processes} processes cannot be shared out evenly "
+                + (f"over {nodes} nodes" if share == nodes else f"with {per_node} on each node"),
+                hint="Choose a process_count that is a multiple of it.",
+            )
+
+
+class JobAttributes(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the batch system treats a job. ``duration`` is the most it may run, such as "10m"; None is the site's own.
+
+    ``custom_attributes`` are passed on to one kind of batch system, such as ``{"slurm.qos": "urgent"}``.
+    """
+
+    duration: str | None = None
+    queue_name: str | None = None
+    account: str | None = None
+    reservation_id: str | None = None
+    custom_attributes: dict[str, str] = {}
+
+    @property
+    def duration_s(self) -> float | None:
+        """The most it may run in seconds, None where the site decides."""
+        return None if self.duration is None else parse_duration(self.duration, "duration")
+
+    def _check(self) -> None:
+        _ = self.duration_s
+        for name in ("queue_name", "account", "reservation_id"):
+            given = getattr(self, name)
+            if given is not None:
+                _plain(given, f"attributes: {name}")
+        for name, value in self.custom_attributes.items():
+            if not _ATTRIBUTE.fullmatch(name):
+                raise BadRequest(
+                    f"attributes: custom attribute {ascii(name)[:80]} names no batch system and option",
+                    hint='Write it as "slurm.qos", "pbs.l" or "lsf.app".',
+                )
+            _plain(value, f"attributes: custom attribute {name}")
+
+
+class JobSpec(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A batch job: what runs, with what, and where it may run.
+
+    ``directory`` is where it runs, on the site's own disk; None is a fresh folder of its own. ``inputs`` are put there
+    under their names before it starts, and ``outputs`` are paths in it that are kept when it has ended. ``sites`` are
+    the ones it may go to, all if there are none. ``container`` is an image that the executable is taken from.
+    ``launcher`` starts the processes of a job that has several; None is what the site uses.
+    """
+
+    executable: str
+    arguments: list[str] = []
+    directory: str | None = None
+    environment: dict[str, str] = {}
+    resources: Resources = Resources()
+    attributes: JobAttributes = JobAttributes()
+    inputs: dict[str, str] = {}
+    outputs: list[str] = []
+    sites: list[str] = []
+    container: str | None = None
+    launcher: str | None = None
+
+    def _check(self) -> None:
+        _plain(self.executable, "executable")
+        for i, argument in enumerate(self.arguments):
+            if "\0" in argument:
+                raise BadRequest(f"arguments: number {i} holds a NUL character, which no program can be given")
+        if self.directory is not None:
+            _plain(self.directory, "directory")
+            if not PurePosixPath(self.directory).is_absolute():
+                raise BadRequest(
+                    f"directory: {self.directory} is not absolute",
+                    hint="Give a full path at the site, or none: then the job has a fresh folder of its own.",
+                )
+        self._check_environment()
+        self._check_files()
+        _once(self.sites, "sites")
+        for site in self.sites:
+            check_name(site, "site")
+        if self.container is not None:
+            _plain(self.container, "container")
+            if self.container.startswith("-") or " " in self.container:
+                raise BadRequest(f"container: {ascii(self.container)[:80]} is not an image", hint='Such as "md.sif".')
+        if self.launcher is not None and self.launcher not in LAUNCHERS:
+            raise BadRequest(
+                f"launcher: {ascii(self.launcher)[:80]} is not known", hint=f"One of {', '.join(LAUNCHERS)}."
+            )
+        size = len(msgspec.json.encode(self))
+        if size > SPEC_BYTES_MAX:
+            raise TooLarge(
+                f"the job's specification has {size} bytes; at most {SPEC_BYTES_MAX}",
+                hint="Hand over large data as an input, by URI.",
+            )
+
+    def _check_environment(self) -> None:
+        for name, value in self.environment.items():
+            if not _VARIABLE.fullmatch(name):
+                raise BadRequest(
+                    f"environment: {ascii(name)[:80]} is not the name of a variable",
+                    hint="Use letters, digits and underscores, and no digit first.",
+                )
+            if name.startswith("HEADRACE_"):
+                raise BadRequest(f"environment: {name} belongs to Headrace", hint="Choose another name.")
+            if "\0" in value:
+                raise BadRequest(f"environment: {name} holds a NUL character")
+
+    def _check_files(self) -> None:
+        if len(self.inputs) + len(self.outputs) > FILES_MAX:
+            raise TooLarge(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs; at most {FILES_MAX} in all")
+        _once(self.outputs, "outputs")
+        for name in (*self.inputs, *self.outputs):
+            _inside(name, "inputs" if name in self.inputs else "outputs")
+        for name, uri in self.inputs.items():
+            if not _SCHEME.fullmatch(uri):
+                raise BadRequest(
+                    f"inputs: {name}: {ascii(uri)[:80]} is not a URI",
+                    hint='Such as "s3://bucket/key", "https://..." or "blob:...".',
+                )
+
+
+def _plain(text: str, what: str) -> None:
+    """Refuse what would end a line of a batch script, or a word that is not there."""
+    if not text or _CONTROL.search(text):
+        said = "holds a control character" if text else "is empty"
+        raise BadRequest(f"{what} {said}")
+
+
+def _inside(name: str, what: str) -> None:
+    """Refuse a path that is not one of a file in the job's own folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or _CONTROL.search(name) or name.startswith("/") or ".." in parts or parts[0] == RECORDS:
+        raise BadRequest(
+            f"{what}: {ascii(name)[:80]} is no file in the job's folder",
+            hint=f'Give a relative path without ".." that does not begin with {RECORDS}.',
+        )
+
+
+def _once(names: Iterable[str], what: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise BadRequest(f"{what}: {ascii(name)[:80]} is given twice")
+        seen.add(name)
