@@ -8,9 +8,7 @@ digest, no late writer can change it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,20 +18,21 @@ from msgspec import Struct
 
 from gateway.needs import Store
 from headrace.errors import Conflict, NotFound
+from streams.blobs import ID, measure
+from streams.topology import DEFAULT_TENANT
 
 SCHEME = "blob:"
-_ID = re.compile("[0-9a-f]{32}")
-_READ_BYTES = 4 * 1024 * 1024
 
 
 class Announced(Struct, frozen=True, kw_only=True):
-    """What was said of an upload when it began; ``expires_at`` in epoch seconds."""
+    """What was said of an upload when it began, and by whom; ``expires_at`` in epoch seconds."""
 
     size: int
     part_bytes: int
     expires_at: float
     sha256: str | None = None
     content_type: str | None = None
+    tenant: str = DEFAULT_TENANT
 
     @property
     def parts(self) -> int:
@@ -50,7 +49,7 @@ class Kept(Struct, frozen=True, kw_only=True):
 
     uri: str
     size: int
-    sha256: str
+    sha256: str | None
 
 
 class Spool:
@@ -61,13 +60,14 @@ class Spool:
         self._root = store.incoming / "uploads"
         self._root.mkdir(parents=True, exist_ok=True)
 
-    def begin(self, upload_id: str, announced: Announced) -> None:
-        """Make room for an upload."""
+    def begin(self, upload_id: str, announced: Announced, keep_s: float) -> tuple[Announced, list[str]]:
+        """Make room for an upload; return its parts as they are to be, and no addresses: they come through us."""
         folder = self._root / upload_id
         folder.mkdir()
         with (folder / "data").open("wb") as data:
             data.truncate(announced.size)
         (folder / "announced").write_bytes(msgspec.json.encode(announced))
+        return announced, []
 
     def announced(self, upload_id: str) -> Announced:
         """Return what was said of an upload.
@@ -75,12 +75,12 @@ class Spool:
         Raises:
             NotFound: there is none of this id, or it has expired.
         """
-        if _ID.fullmatch(upload_id):
+        if ID.fullmatch(upload_id):
             try:
                 return msgspec.json.decode((self._root / upload_id / "announced").read_bytes(), type=Announced)
             except FileNotFoundError:
                 pass
-        raise NotFound("there is no such upload (any more)", hint="Begin again with POST /v1/uploads.")
+        raise no_upload()
 
     @contextmanager
     def writing(self, upload_id: str) -> Iterator[int]:
@@ -100,14 +100,17 @@ class Spool:
         """Say that a part is not there: it is about to be written over."""
         (self._root / upload_id / f"part-{number}").unlink(missing_ok=True)
 
-    def complete(self, upload_id: str) -> Kept:
+    def complete(self, upload_id: str, tenant: str) -> Kept:
         """Check an upload against what was announced and hand it to the store. A repeat returns the same.
 
         Raises:
+            NotFound: this tenant has begun none of this id, or it has expired.
             Conflict: parts are missing or being written, or its SHA-256 is another.
         """
         folder = self._root / upload_id
         announced = self.announced(upload_id)
+        if announced.tenant != tenant:
+            raise no_upload()
         try:
             return msgspec.json.decode((folder / "kept").read_bytes(), type=Kept)
         except FileNotFoundError:
@@ -119,7 +122,7 @@ class Spool:
                     f"{len(missing)} of {announced.parts} parts are missing, the first is {missing[0]}",
                     hint="PUT the missing parts, then complete again.",
                 )
-            digest = _digest(handle)
+            digest = measure(handle)
             if announced.sha256 is not None and digest != announced.sha256:
                 raise Conflict(
                     f"the content has the SHA-256 {digest}, announced was {announced.sha256}",
@@ -177,16 +180,12 @@ class Spool:
             os.close(handle)
 
 
+def no_upload() -> NotFound:
+    """Return the error for an upload that nobody has begun, or that has expired."""
+    return NotFound("there is no such upload (any more)", hint="Begin again with POST /v1/uploads.")
+
+
 def _busy() -> Conflict:
     return Conflict(
         "the upload is complete, or parts of it are being written", hint="Complete it when all parts are answered."
     )
-
-
-def _digest(handle: int) -> str:
-    found = hashlib.sha256()
-    offset = 0
-    while chunk := os.pread(handle, _READ_BYTES, offset):
-        found.update(chunk)
-        offset += len(chunk)
-    return found.hexdigest()

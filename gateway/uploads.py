@@ -11,19 +11,20 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from gateway.auth import tenant_of
 from gateway.catalog import read_json
 from gateway.gate import Disk
 from gateway.limits import GatewayLimits
 from gateway.media import parse_media
 from gateway.problems import Busy
 from gateway.runs import as_json
-from gateway.spool import Announced, Spool
-from headrace.errors import BadRequest, TooLarge, Unauthorized
+from gateway.spool import Announced, Kept, Spool
+from headrace.errors import BadRequest, HeadraceError, TooLarge, Unauthorized
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,22 @@ class Upload(Struct, frozen=True, kw_only=True):
     expires_in_s: float
 
 
+class Landing(Protocol):
+    """Where uploads arrive: a spool on our disk, or a bucket that callers send to themselves. Methods block."""
+
+    def begin(self, upload_id: str, announced: Announced, keep_s: float) -> tuple[Announced, list[str]]:
+        """Make room; return the parts as they have to be, and where to PUT them (nothing: to us)."""
+
+    def complete(self, upload_id: str, tenant: str) -> Kept:
+        """Check what arrived and keep it."""
+
+    def reserved(self) -> tuple[int, int]:
+        """Return how many uploads are open, and the bytes that they may still take on our disk."""
+
+    def sweep(self, now: float) -> int:
+        """Remove uploads whose time is over, and return how many."""
+
+
 class Uploads:
     """The endpoints under ``/v1/uploads``."""
 
@@ -65,6 +82,7 @@ class Uploads:
         self,
         *,
         spool: Spool,
+        direct: Landing | None = None,
         disk: Disk,
         token: str,
         limits: GatewayLimits,
@@ -72,6 +90,7 @@ class Uploads:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._spool = spool
+        self._landing: Landing = direct or spool
         self._disk = disk
         self._key = hmac.digest(token.encode(), b"headrace uploads, version 1", "sha256")
         self._limits = limits
@@ -90,10 +109,10 @@ class Uploads:
             )
         if body.content_type is not None:
             parse_media(body.content_type, "content_type")
-        number, reserved = await asyncio.to_thread(self._spool.reserved)
+        number, reserved = await asyncio.to_thread(self._landing.reserved)
         if number >= limits.uploads_open_max:
             raise Busy(f"{number} uploads are open", hint="Complete some, or wait until they expire.", retry_after_s=30)
-        self._disk.check(body.size + reserved)
+        self._disk.check(body.size + reserved if self._landing is self._spool else 0)
         upload_id = secrets.token_hex(16)
         expires_at = self._clock() + limits.upload_keep_seconds
         announced = Announced(
@@ -102,20 +121,15 @@ class Uploads:
             expires_at=expires_at,
             sha256=None if body.sha256 is None else body.sha256.lower(),
             content_type=body.content_type,
+            tenant=tenant_of(request),
         )
-        await asyncio.to_thread(self._spool.begin, upload_id, announced)
+        keep_s = limits.upload_keep_seconds
+        announced, addresses = await asyncio.to_thread(self._landing.begin, upload_id, announced, keep_s)
         base = f"{self._public_url or request.url.origin()}/v1/uploads/{upload_id}"
-        parts = [
-            Part(
-                number=n,
-                url=f"{base}/parts/{n}?expires={int(expires_at)}&signature={self._sign(upload_id, n, int(expires_at))}",
-                size=announced.part_size(n),
-            )
-            for n in range(1, announced.parts + 1)
-        ]
-        made = Upload(
-            upload_id=upload_id, parts=parts, complete=f"{base}/complete", expires_in_s=limits.upload_keep_seconds
-        )
+        numbers = range(1, announced.parts + 1)
+        addresses = addresses or [f"{base}/parts/{n}?{self._signed(upload_id, n, int(expires_at))}" for n in numbers]
+        parts = [Part(number=n, url=addresses[n - 1], size=announced.part_size(n)) for n in numbers]
+        made = Upload(upload_id=upload_id, parts=parts, complete=f"{base}/complete", expires_in_s=keep_s)
         return as_json(made, status=201)
 
     async def part(self, request: web.Request) -> web.Response:
@@ -141,7 +155,9 @@ class Uploads:
 
     async def complete(self, request: web.Request) -> web.Response:
         """Answer ``POST /v1/uploads/{upload_id}/complete``: size and SHA-256 are checked, and the URI comes back."""
-        return as_json(await asyncio.to_thread(self._spool.complete, request.match_info["upload_id"]))
+        return as_json(
+            await asyncio.to_thread(self._landing.complete, request.match_info["upload_id"], tenant_of(request))
+        )
 
     async def sweep(self, app: web.Application) -> AsyncIterator[None]:
         """Remove expired uploads now and then, for as long as the application runs."""
@@ -154,10 +170,10 @@ class Uploads:
     async def _sweep_for_ever(self) -> None:
         while True:
             try:
-                removed = await asyncio.to_thread(self._spool.sweep, self._clock())
+                removed = await asyncio.to_thread(self._landing.sweep, self._clock())
                 if removed:
                     _log.info("removed %d uploads that were not completed in time", removed)
-            except OSError as error:
+            except (OSError, HeadraceError) as error:
                 _log.warning("uploads cannot be swept: %s", error)
             await asyncio.sleep(SWEEP_S)
 
@@ -183,6 +199,9 @@ class Uploads:
                 break
         if offset != end:
             raise BadRequest(f"the part is shorter than {size:,} bytes", hint="Send the part again.")
+
+    def _signed(self, upload_id: str, number: int, expires: int) -> str:
+        return f"expires={expires}&signature={self._sign(upload_id, number, expires)}"
 
     def _sign(self, upload_id: str, number: int, expires: int) -> str:
         return hmac.new(self._key, f"{upload_id}\n{number}\n{expires}".encode(), hashlib.sha256).hexdigest()

@@ -1,6 +1,7 @@
 """Bytes by their SHA-256: what is too large for the log, the code of functions, the files of users.
 
-The embedded store is a folder; content never changes under its name, so a copy is a copy for ever.
+The embedded store is a folder, the one of a lab a bucket (``streams.s3``); content never changes under its name, so a
+copy is a copy for ever.
 """
 
 from __future__ import annotations
@@ -9,17 +10,32 @@ import asyncio
 import hashlib
 import os
 import re
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-from headrace.errors import NotFound
+from msgspec import Struct
+
+from headrace.errors import BadRequest, NotFound
 from headrace.wire import Payload
 from streams.topology import INLINE_BYTES_MAX
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+DIGEST = re.compile("[0-9a-f]{64}")
+ID = re.compile("[0-9a-f]{32}")
+_READ_BYTES = 1 << 20
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """The way to bytes on a server: ``name`` is what people may see of it.
+
+    ``address`` returns a URL to GET them from, good for a while; it is itself the permission, so it is never shown.
+    """
+
+    name: str
+    address: Callable[[], str]
 
 
 class Blobs(Protocol):
@@ -38,11 +54,14 @@ class Blobs(Protocol):
     async def put_file(self, path: Path) -> str:
         """Keep a copy of a file and return its SHA-256 in hex."""
 
-    async def path(self, digest: str) -> Path:
-        """Return a local file that holds the bytes; not to be written to.
+    async def where(self, name: str) -> Path | Link:
+        """Return where bytes lie: a local file, not to be written to, or the way to a server that has them.
+
+        Args:
+            name: their digest, or the id of an upload that went straight to the store.
 
         Raises:
-            NotFound: there are none of this digest.
+            NotFound: there are none of this name.
         """
 
 
@@ -60,17 +79,17 @@ class FolderBlobs:
 
     async def get(self, digest: str) -> bytes:
         """Return the bytes; NotFound where there are none."""
-        return await asyncio.to_thread((await self.path(digest)).read_bytes)
+        return await asyncio.to_thread((await self.where(digest)).read_bytes)
 
     async def put_file(self, path: Path) -> str:
         """Keep a copy of a file and return its SHA-256 in hex."""
         return await asyncio.to_thread(self._put_file, path)
 
-    async def path(self, digest: str) -> Path:
+    async def where(self, name: str) -> Path:
         """Return the file that holds the bytes; NotFound where there are none."""
-        place = self._place(digest)
+        place = self._place(name)
         if not place.is_file():
-            raise NotFound(f"no content with the digest {digest}", hint="Upload it again; it may have been cleaned up.")
+            raise NotFound(f"no content with the digest {name}", hint="Upload it again; it may have been cleaned up.")
         return place
 
     def adopt(self, path: Path, digest: str) -> None:
@@ -82,8 +101,7 @@ class FolderBlobs:
         _sync_folder(place.parent)
 
     def _place(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise NotFound(f"{ascii(digest)[:80]} is not a digest", hint="A digest is 64 hexadecimal digits.")
+        check_digest(digest)
         return self.root / digest[:2] / digest
 
     def _put(self, body: bytes) -> str:
@@ -99,8 +117,8 @@ class FolderBlobs:
 
     def _put_file(self, path: Path) -> str:
         digest = hashlib.sha256()
-        with self._aside() as copy, path.open("rb") as source:
-            while chunk := source.read(1 << 20):
+        with self._aside() as copy, open_regular(path) as source:
+            while chunk := os.read(source, _READ_BYTES):
                 digest.update(chunk)
                 copy.write(chunk)
             copy.flush()
@@ -118,6 +136,38 @@ class FolderBlobs:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def check_digest(digest: str) -> None:
+    """Refuse what is no SHA-256 in hex; NotFound, for there can be nothing under it."""
+    if not DIGEST.fullmatch(digest):
+        raise NotFound(f"{ascii(digest)[:80]} is not a digest", hint="A digest is 64 hexadecimal digits.")
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """Lend a descriptor to read a file with; anything but a regular file is refused, and a pipe not waited for.
+
+    Raises:
+        BadRequest: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise BadRequest(f"{path} is no regular file", hint="Name a file.")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def measure(handle: int) -> str:
+    """Return the SHA-256 in hex of an open file, from its beginning."""
+    found, at = hashlib.sha256(), 0
+    while chunk := os.pread(handle, _READ_BYTES, at):
+        found.update(chunk)
+        at += len(chunk)
+    return found.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
