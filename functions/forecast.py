@@ -24,6 +24,8 @@ SECONDS_MIN = 1e-6
 FEW = 10  # below this number a rank says nothing about the upper quantiles: they come from the usual spread
 USUAL_SPREAD = 0.5  # of the logarithm of durations of one kind of work, before any is known
 USUAL_WEIGHT = 2.0  # how many durations that spread counts for
+BUSY_COUNT, BUSY_S = 32, 32.0  # where so many durations were learned in so little time, every other one will do
+QUIET_S = 8.0  # where none was learned for so long, each counts twice as much again
 OWN_MIN = 3  # so many durations of its own and work is no longer forecast from its kin
 Z90, Z99 = 1.2816, 2.3263  # of the normal distribution
 T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372, 1.363)  # Student's t, 1 to 11 degrees
@@ -86,13 +88,36 @@ def size_class(count: float) -> int:
 class History(Struct):
     """The newest durations of one kind of work, oldest first, each with the instant it ended at.
 
-    ``observed`` counts all there ever were; ``rank`` is where in the window ``p90_s`` stands at present.
+    ``observed`` counts all there ever were; ``rank`` is where in the window ``p90_s`` stands at present. Of much work
+    only one in ``stride`` is learned (a power of two), since the instant ``strode_at``.
     """
 
     seconds: list[float] = []
     at: list[float] = []
     observed: int = 0
     rank: float = COVERED
+    stride: int = 1
+    strode_at: float = 0.0
+
+    def takes(self, number: int, at: float) -> bool:
+        """Say whether a duration is worth learning: of thousands a second a few are as good, and reach further back.
+
+        Which ones says the work's own number, not when it ended: the first of a burst are the short ones.
+
+        Args:
+            number: any number of the work, drawn evenly.
+            at: the instant it ended at, Unix seconds.
+        """
+        if not self.at:
+            return True
+        newest = self.at[-1]
+        if self.stride > 1 and at - max(newest, self.strode_at) > QUIET_S:
+            self.stride //= 2
+            self.strode_at = at
+        elif len(self.at) >= BUSY_COUNT and self.at[-BUSY_COUNT] > max(self.strode_at, newest - BUSY_S):
+            self.stride *= 2
+            self.strode_at = newest
+        return number % self.stride == 0
 
     def learn(self, seconds: float, at: float) -> None:
         """Take one more duration in, and correct the rank by whether ``p90_s`` covered it.
@@ -111,7 +136,7 @@ class History(Struct):
             self.rank = min(RANK_MAX, max(RANK_MIN, moved))
         self.seconds.append(seconds)
         self.at.append(at)
-        self.observed += 1
+        self.observed += self.stride
         if len(self.seconds) > WINDOW:
             del self.seconds[0], self.at[0]
 

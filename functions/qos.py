@@ -6,6 +6,7 @@ import math
 
 from headrace.clock import parse_deadline, parse_duration
 from headrace.model import Route
+from headrace.wire import Expected
 from streams.topology import LANES
 
 LAST_LANE = LANES - 1
@@ -21,6 +22,24 @@ def lane(deadline: float | None, now: float) -> int:
         return LAST_LANE
     left = deadline - now
     return 0 if left < 2.0 else min(LAST_LANE, int(math.log2(left)))
+
+
+def due_of(deadline: float, rest: Expected | None, now: float) -> float:
+    """Return the instant by which an invocation should have ended, so that the answer of its run is there in time.
+
+    Where the rest of the way will rarely fit in any more, it is due as if all went as usual; where not even that fits,
+    and where nothing is known, it is due when the answer is.
+
+    Args:
+        deadline: by when the answer has to be there.
+        rest: what is expected of the time from the end of the invocation to the answer.
+        now: when the invocation can start.
+    """
+    if rest is None:
+        return deadline
+    if deadline - rest.p90_s > now:
+        return deadline - rest.p90_s
+    return deadline - rest.p50_s if deadline - rest.p50_s > now else deadline
 
 
 def deadline_of(route: Route, asked: str | None, now: float) -> float | None:

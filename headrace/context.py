@@ -88,6 +88,7 @@ class Context:
         attempt: int,
         deadline: float | None,
         port: Port,
+        due: float | None = None,
         clock: Callable[[], float] = time.time,
         fan_out_max: int = FAN_OUT_MAX,
     ) -> None:
@@ -95,6 +96,7 @@ class Context:
         self.invocation_id = invocation_id
         self.attempt = attempt
         self.deadline = deadline
+        self.due = deadline if due is None else due
         self.effects: list[Effect] = []
         self.answered: Payload | None = None
         self.log = logging.Logger(f"headrace.{invocation_id}", logging.DEBUG)
@@ -106,6 +108,14 @@ class Context:
     def time_left(self) -> float:
         """Return the seconds until the deadline of the run; infinite without one, negative when it has passed."""
         return math.inf if self.deadline is None else self.deadline - self._clock()
+
+    def budget_left(self) -> float:
+        """Return the seconds until this function should be done, so that the answer of the run is there in time.
+
+        That is the time to the deadline less what usually follows this function up to the answer, as far as that is
+        known by now; infinite without a deadline, negative when it has passed.
+        """
+        return math.inf if self.due is None else self.due - self._clock()
 
     # ------------------------------------------------------------ effects
 

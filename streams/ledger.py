@@ -8,13 +8,15 @@ begins again from it. Until it has caught up, lists are refused: half a list is 
     hr:layout         which of the keys below there are; another layout is thrown away and built anew
     hr:whole          a token, there once all that was in the log when the writer began is here
     hr:run:<id>       hash: ``r`` the run, ``i:<invocation>`` its invocations
-    hr:runs           all runs by the sequence of their acceptance; hr:route:<route> and hr:state:<state> likewise
-    hr:open           runs that have not ended, likewise; hr:open:<route> those of a route
+    hr:runs           all runs by the sequence of their acceptance; and likewise, those of one tenant:
+                      hr:runs:<tenant>, hr:route:<tenant>:<route>, hr:state:<tenant>:<state>
+    hr:open           runs that have not ended, likewise; hr:open:<tenant>:<route> those of a route
     hr:totals         hash: ``accepted`` and ``ended``, how many runs did so since the beginning of the log
-    hr:dead           ``<run>.<invocation>`` of all that were given up on, by the sequence of their outcome
-    hr:dead:left      those among them whose run was not replayed
+    hr:dead:all:<tenant>    ``<run>.<invocation>`` of all that were given up on, by the sequence of their outcome
+    hr:dead:left:<tenant>   those among them whose run was not replayed
     hr:dead:runs      hash: the run of each of them, by invocation
     hr:audit          hash: what the auditor found last, each field as JSON
+    hr:forecasts      hash: what was learned of each kind of work up to the position
 """
 
 from __future__ import annotations
@@ -22,21 +24,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Protocol
 from uuid import uuid4
 
-import msgspec
 import redis.exceptions
 from redis.asyncio import Redis
 
-from headrace.errors import BadRequest, Unavailable
-from headrace.model import Audit, RunPage, RunView
+from headrace.errors import Unavailable
 from headrace.wire import Attempt, Replay, Started, decode, encode
 from streams.follow import follow
 from streams.log import Log
-from streams.record import Fact, InvocationRecord, RunRecord, apply, apply_invocation, fact_of, view
+from streams.record import Fact, InvocationRecord, RunRecord, apply, apply_invocation, fact_of
 from streams.stored import Stored
 
 _log = logging.getLogger(__name__)
@@ -44,26 +44,22 @@ _log = logging.getLogger(__name__)
 FACTS = ["hr.work.>", "hr.done.>", "hr.end.>", "hr.start.>", "hr.try.>", "hr.cancel.>", "hr.replay.>", "hr.thread.>"]
 POSITION = "hr:position"
 LAYOUT = "hr:layout"
-LAYOUT_NOW = "2"
+LAYOUT_NOW = "3"
 WHOLE = "hr:whole"
 RUNS = "hr:runs"
 OPEN = "hr:open"
 TOTALS = "hr:totals"
-DEAD = "hr:dead"
-DEAD_LEFT = "hr:dead:left"
 DEAD_RUNS = "hr:dead:runs"
 AUDIT = "hr:audit"
+FORECASTS = "hr:forecasts"
 RECORDS_CACHED_MAX = 20_000
 WINDOW = 2048
 RETRY_S = 0.5
 LINGER_S = 0.02
 TRIM_AT_ONCE = 500
 TRIM_AT_MOST = 5000
-PAGE_MAX = 1000
-SCAN_MAX = 20_000
 WORDS_MAX = 2000  # of one command: the script's stack holds 8,000
 
-T = TypeVar("T")
 Command = list[Any]
 
 
@@ -91,26 +87,77 @@ return found
 """
 
 
-def _run_key(run: str) -> str:
+def run_key(run: str) -> str:
+    """Return the key of the hash that holds a run."""
     return f"hr:run:{run}"
+
+
+def runs_key(tenant: str) -> str:
+    """Return the key of all runs of a tenant."""
+    return f"{RUNS}:{tenant}"
+
+
+def route_key(tenant: str, route: str) -> str:
+    """Return the key of the runs of a route."""
+    return f"hr:route:{tenant}:{route}"
+
+
+def state_key(tenant: str, state: str) -> str:
+    """Return the key of the runs of a tenant that are in a state."""
+    return f"hr:state:{tenant}:{state}"
+
+
+def open_key(tenant: str, route: str) -> str:
+    """Return the key of the runs of a route that have not ended."""
+    return f"{OPEN}:{tenant}:{route}"
+
+
+def dead_key(tenant: str) -> str:
+    """Return the key of all invocations of a tenant that were given up on."""
+    return f"hr:dead:all:{tenant}"
+
+
+def dead_left_key(tenant: str) -> str:
+    """Return the key of those among them whose run was not replayed."""
+    return f"hr:dead:left:{tenant}"
 
 
 class _Moved(Exception):
     """Redis is at another position than this writer left it at: it was wiped, replaced, or has another writer."""
 
 
+class Learner(Protocol):
+    """What learns from facts, in the order of the log; ``functions.lessons`` is the one."""
+
+    def load(self, kept: Mapping[str, bytes]) -> None:
+        """Go on from what ``changed`` gave, by name."""
+
+    def learn(self, fact: Fact, stored: Stored, before: RunRecord | None, after: RunRecord | None) -> None:
+        """Take in one more fact; ``before`` and ``after`` it are what is known of its run."""
+
+    def changed(self) -> tuple[dict[str, bytes], list[str]]:
+        """Return what is to be kept since the last call, by name, and the names of what is not any more."""
+
+
 class Writer:
     """Follows the log into Redis. One is at work at a time; a second one notices and starts over behind the first."""
 
-    def __init__(self, log: Log, redis: Redis, *, runs_max: int = 100_000) -> None:
+    def __init__(self, log: Log, redis: Redis, learner: Learner | None = None, *, runs_max: int = 100_000) -> None:
         self._log = log
+        self._learner = learner
         self._redis: Any = redis  # redis-py's types cannot tell that answers are bytes here
         self._runs_max = runs_max
         self._cache: OrderedDict[str, RunRecord] = OrderedDict()
         self._position = 0
         self._whole_at: int | None = None  # where everything is here that was in the log at the beginning; None: it is
+        self._begun = False
         self._ended = 0
         self._scripts: dict[str, str] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is here that was in the log when this writer began."""
+        return self._begun and self._whole_at is None
 
     async def run(self) -> None:
         """Follow for ever; while Redis is away nothing is lost, it is caught up with later."""
@@ -148,6 +195,10 @@ class Writer:
             self._position = 0
         newest = [found.seq for facts in FACTS if (found := await self._log.last(facts)) is not None]
         self._whole_at = max(newest, default=0)
+        if self._learner is not None:
+            kept = await self._redis.hgetall(FORECASTS) if self._position else {}
+            self._learner.load({name.decode(): raw for name, raw in kept.items()})
+        self._begun = True
         if self._position < self._whole_at:
             await self._redis.delete(WHOLE)
         else:
@@ -174,16 +225,18 @@ class Writer:
         invocations = await self._begun_before(facts)
         unchanged = dict(invocations)
         died: dict[str, list[tuple[str, int]]] = {}
-        replayed: set[str] = set()
+        replayed: dict[str, str] = {}
         for fact, stored in facts:
             run = fact.run_id
             known = now.get(run, before.get(run))
             record = apply(known, fact, stored)
+            if self._learner is not None:
+                self._learner.learn(fact, stored, known, record)
             if record is None:
                 continue  # its beginning is older than the log keeps: nothing to show
             now[run] = record
             if isinstance(fact, Replay):
-                replayed.add(run)
+                replayed[run] = record.tenant
                 continue
             identity = getattr(fact, "invocation_id", None)
             if identity is not None:
@@ -197,24 +250,33 @@ class Writer:
         for (run, identity), one in invocations.items():
             if one.state == "queued" and one.attempts == 0:
                 # Work that stands in the log twice must not make its invocation wait again.
-                commands.append(["HSETNX", _run_key(run), "i:" + identity, encode(one)])
+                commands.append(["HSETNX", run_key(run), "i:" + identity, encode(one)])
             elif one is not unchanged.get((run, identity)):
                 fields[run] += ("i:" + identity, encode(one))
         for run, values in fields.items():
-            commands += _split("HSET", _run_key(run), values)
+            commands += _split("HSET", run_key(run), values)
         commands += _index(before, now)
         commands += _bury(died, now)
         commands += await self._dig_up(replayed)
+        commands += self._learned()
         await self._commit(commands, batch[-1].seq)
         self._remember(now)
         await self._trim()
+
+    def _learned(self) -> list[Command]:
+        """Return the commands that keep what was learned since the last time."""
+        if self._learner is None:
+            return []
+        kept, gone = self._learner.changed()
+        values = [word for name, raw in kept.items() for word in (name, raw)]
+        return [*_split("HSET", FORECASTS, values), *_split("HDEL", FORECASTS, gone)]
 
     async def _records(self, runs: set[str]) -> dict[str, RunRecord]:
         """Return the known records of these runs, from the cache or from Redis."""
         found = {run: self._cache[run] for run in runs if run in self._cache}
         missing = [run for run in runs if run not in found]
         if missing and self._position:
-            raws = await self._fields([(_run_key(run), "r") for run in missing])
+            raws = await self._fields([(run_key(run), "r") for run in missing])
             found |= {run: decode(raw, RunRecord) for run, raw in zip(missing, raws, strict=True) if raw is not None}
         return found
 
@@ -223,7 +285,7 @@ class Writer:
         keys = list({(f.run_id, f.invocation_id): None for f, _ in facts if isinstance(f, Started | Attempt)})
         if not keys or not self._position:
             return {}
-        raws = await self._fields([(_run_key(run), "i:" + identity) for run, identity in keys])
+        raws = await self._fields([(run_key(run), "i:" + identity) for run, identity in keys])
         return {key: decode(raw, InvocationRecord) for key, raw in zip(keys, raws, strict=True) if raw is not None}
 
     async def _fields(self, places: list[tuple[str, str]]) -> list[bytes | None]:
@@ -236,7 +298,7 @@ class Writer:
         """Return the dead invocations of these runs."""
         found: dict[str, list[str]] = {}
         for run in runs:
-            raw = await self._redis.hgetall(_run_key(run))
+            raw = await self._redis.hgetall(run_key(run))
             found[run] = [
                 key[2:].decode()
                 for key, value in raw.items()
@@ -244,10 +306,12 @@ class Writer:
             ]
         return found
 
-    async def _dig_up(self, replayed: set[str]) -> list[Command]:
-        """Return the commands that take replayed runs off the list of what is left to do."""
-        dead = await self._dead_of(replayed)
-        return _split("ZREM", DEAD_LEFT, [f"{run}.{identity}" for run, found in dead.items() for identity in found])
+    async def _dig_up(self, replayed: dict[str, str]) -> list[Command]:
+        """Return the commands that take replayed runs (with their tenants) off the lists of what is left to do."""
+        left: dict[str, list[str]] = {}
+        for run, found in (await self._dead_of(replayed)).items():
+            left.setdefault(dead_left_key(replayed[run]), []).extend(f"{run}.{identity}" for identity in found)
+        return [command for key, members in left.items() for command in _split("ZREM", key, members)]
 
     async def _commit(self, commands: list[Command], position: int) -> None:
         """Do all of it and move the position, or nothing.
@@ -298,13 +362,14 @@ class Writer:
         dead = await self._dead_of(run for run, record in ended.items() if record.dead)
         gone: dict[str, list[str]] = {}
         for run, record in ended.items():
-            for key in (RUNS, f"hr:route:{record.route}", f"hr:state:{record.state}"):
+            tenant = record.tenant
+            for key in (RUNS, runs_key(tenant), route_key(tenant, record.route), state_key(tenant, record.state)):
                 gone.setdefault(key, []).append(run)
-        buried = [f"{run}.{identity}" for run, found in dead.items() for identity in found]
+            for key in (dead_key(tenant), dead_left_key(tenant)) if run in dead else ():
+                gone.setdefault(key, []).extend(f"{run}.{identity}" for identity in dead[run])
         commands = [command for key, runs in gone.items() for command in _split("ZREM", key, runs)]
-        commands += [command for key in (DEAD, DEAD_LEFT) for command in _split("ZREM", key, buried)]
         commands += _split("HDEL", DEAD_RUNS, [identity for found in dead.values() for identity in found])
-        commands += [["UNLINK", _run_key(run)] for run in ended]
+        commands += [["UNLINK", run_key(run)] for run in ended]
         await self._commit(commands, self._position)
         for run in ended:
             self._cache.pop(run, None)
@@ -324,19 +389,19 @@ def _index(before: dict[str, RunRecord], now: dict[str, RunRecord]) -> list[Comm
         known, place = before.get(run), (record.first_seq, run)
         if known is None:
             accepted += 1
-            for key in (RUNS, f"hr:route:{record.route}"):
+            for key in (RUNS, runs_key(record.tenant), route_key(record.tenant, record.route)):
                 added.setdefault(key, []).extend(place)
         ends = record.ended and (known is None or not known.ended)
         ended += ends
-        for key in (OPEN, f"{OPEN}:{record.route}"):
+        for key in (OPEN, open_key(record.tenant, record.route)):
             if ends and known is not None:
                 removed.setdefault(key, []).append(run)
             elif known is None and not ends:
                 added.setdefault(key, []).extend(place)
         if known is None or known.state != record.state:
             if known is not None:
-                removed.setdefault(f"hr:state:{known.state}", []).append(run)
-            added.setdefault(f"hr:state:{record.state}", []).extend(place)
+                removed.setdefault(state_key(known.tenant, known.state), []).append(run)
+            added.setdefault(state_key(record.tenant, record.state), []).extend(place)
     commands = [command for key, members in removed.items() for command in _split("ZREM", key, members)]
     commands += [command for key, places in added.items() for command in _split("ZADD", key, places)]
     return commands + [["HINCRBY", TOTALS, name, n] for name, n in (("accepted", accepted), ("ended", ended)) if n]
@@ -344,226 +409,13 @@ def _index(before: dict[str, RunRecord], now: dict[str, RunRecord]) -> list[Comm
 
 def _bury(died: dict[str, list[tuple[str, int]]], now: dict[str, RunRecord]) -> list[Command]:
     """Return the commands that list invocations that were given up on: by run, each with its outcome's sequence."""
-    everyone: list[Any] = []
-    left: list[Any] = []
+    places: dict[str, list[Any]] = {}
     runs: list[Any] = []
     for run, found in died.items():
+        record = now[run]
         for identity, seq in found:
-            everyone += (seq, f"{run}.{identity}")
-            left += () if now[run].replayed_as else (seq, f"{run}.{identity}")
+            for key in (dead_key(record.tenant), *(() if record.replayed_as else (dead_left_key(record.tenant),))):
+                places.setdefault(key, []).extend((seq, f"{run}.{identity}"))
             runs += (identity, run)
-    return [*_split("ZADD", DEAD, everyone), *_split("ZADD", DEAD_LEFT, left), *_split("HSET", DEAD_RUNS, runs)]
-
-
-class Dead(NamedTuple):
-    """An invocation that was given up on, and its run."""
-
-    run: RunRecord
-    invocation: InvocationRecord
-
-
-class DeadFound(NamedTuple):
-    """A page of dead invocations, newest first, and the cursor of the next one, None at the end."""
-
-    dead: list[Dead]
-    next: str | None
-
-
-class Reader:
-    """Reads what the writer wrote.
-
-    Every method raises ``Unavailable`` while Redis is away, and those that tell of many runs while it is built anew.
-    """
-
-    def __init__(self, redis: Redis) -> None:
-        self._redis: Any = redis
-
-    async def position(self) -> int:
-        """Return the sequence of the log up to which this read model is true."""
-        return int(await _answered(self._redis.get(POSITION)) or 0)
-
-    async def record(self, run: str) -> RunRecord | None:
-        """Return the state of a run without its invocations."""
-        raw = await _answered(self._redis.hget(_run_key(run), "r"))
-        return None if raw is None else decode(raw, RunRecord)
-
-    async def run(self, run: str) -> RunView | None:
-        """Return a run with its invocations, or None where it is not known here."""
-        raw = await _answered(self._redis.hgetall(_run_key(run)))
-        if b"r" not in raw:
-            return None
-        invocations = [decode(v, InvocationRecord) for k, v in raw.items() if k != b"r"]
-        return view(decode(raw[b"r"], RunRecord), invocations)
-
-    async def open_runs(self, route: str) -> int:
-        """Return how many runs of a route have not ended."""
-        whole, number = await _answered(
-            self._redis.pipeline(transaction=True).exists(WHOLE).zcard(f"{OPEN}:{route}").execute()
-        )
-        if not whole:
-            raise _rebuilding()
-        return int(number)
-
-    async def page(
-        self,
-        *,
-        state: str | None = None,
-        route: str | None = None,
-        since: float | None = None,
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> RunPage:
-        """Return runs, newest first, without their invocations.
-
-        Args:
-            state: only runs in this state.
-            route: only runs of this route.
-            since: only runs accepted at or after this instant.
-            limit: at most so many, 1 to 1,000.
-            cursor: the ``next`` of the page before.
-
-        Raises:
-            BadRequest: the limit or the cursor is not possible.
-        """
-
-        def wanted(record: RunRecord) -> bool:
-            return (
-                (not route or record.route == route)
-                and (not state or record.state == state)
-                and (since is None or record.accepted_at >= since)
-            )
-
-        index = f"hr:state:{state}" if state else f"hr:route:{route}" if route else RUNS
-        found, following = await self._scan(index, self._load_runs, wanted, limit, cursor)
-        return RunPage(runs=[view(r, []) for r in found], next=following)
-
-    async def dead(
-        self,
-        *,
-        function: str | None = None,
-        route: str | None = None,
-        since: float | None = None,
-        replayed: bool = False,
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> DeadFound:
-        """Return invocations that were given up on, newest first.
-
-        Args:
-            function: only those of this function.
-            route: only those in runs of this route.
-            since: only those given up on at or after this instant.
-            replayed: those in runs that were replayed too.
-            limit: at most so many, 1 to 1,000.
-            cursor: the ``next`` of the page before.
-
-        Raises:
-            BadRequest: the limit or the cursor is not possible.
-        """
-
-        def wanted(one: Dead) -> bool:
-            return (
-                (not function or one.invocation.function == function)
-                and (not route or one.run.route == route)
-                and (since is None or (one.invocation.ended_at or 0.0) >= since)
-            )
-
-        index = DEAD if replayed else DEAD_LEFT
-        return DeadFound(*await self._scan(index, self._load_dead, wanted, limit, cursor))
-
-    async def run_of_dead(self, invocation: str) -> str | None:
-        """Return the run of an invocation that was given up on, None where it is not known here."""
-        run = await _answered(self._redis.hget(DEAD_RUNS, invocation))
-        return None if run is None else str(run.decode())
-
-    async def audit(self) -> Audit | None:
-        """Return what the auditor found last, None before its first round."""
-        raw = await _answered(self._redis.hgetall(AUDIT))
-        fields = {name.decode(): msgspec.json.decode(value) for name, value in raw.items()}
-        return msgspec.convert(fields, Audit) if fields else None
-
-    async def _scan(
-        self,
-        index: str,
-        load: Callable[[list[bytes]], Awaitable[list[T | None]]],
-        wanted: Callable[[T], bool],
-        limit: int,
-        cursor: str | None,
-    ) -> tuple[list[T], str | None]:
-        """Return what is wanted of an index, newest first, and the cursor of what follows."""
-        if not 1 <= limit <= PAGE_MAX:
-            raise BadRequest(f"limit: {limit} is not possible", hint=f"Use 1 to {PAGE_MAX}.")
-        before = _cursor(cursor)
-        generation = await self._generation()
-        found: list[T] = []
-        count, scanned, more = max(limit, 100), 0, True
-        while len(found) < limit and more and scanned < SCAN_MAX:
-            newest = "+inf" if before is None else f"({before}"
-            members = await _answered(
-                self._redis.zrevrangebyscore(index, newest, "-inf", start=0, num=count, withscores=True)
-            )
-            rows = await load([member for member, _ in members])
-            more = len(members) == count
-            scanned += len(members)
-            for number, ((_, score), row) in enumerate(zip(members, rows, strict=True), 1):
-                before = int(score)
-                if row is not None and wanted(row):
-                    found.append(row)
-                    if len(found) == limit:
-                        more = more or number < len(members)
-                        break
-        if await self._generation() != generation:
-            raise _rebuilding()  # it was wiped in the midst of this
-        return found, str(before) if more and before else None
-
-    async def _generation(self) -> bytes:
-        """Return the token of the read model as it stands; one that is built anew has none until it is whole."""
-        token: bytes | None = await _answered(self._redis.get(WHOLE))
-        if token is None:
-            raise _rebuilding()
-        return token
-
-    async def _load_runs(self, runs: list[bytes]) -> list[RunRecord | None]:
-        pipe = self._redis.pipeline(transaction=False)
-        for run in runs:
-            pipe.hget(b"hr:run:" + run, "r")
-        return [None if raw is None else decode(raw, RunRecord) for raw in await _answered(pipe.execute())]
-
-    async def _load_dead(self, members: list[bytes]) -> list[Dead | None]:
-        pipe = self._redis.pipeline(transaction=False)
-        for member in members:
-            run, _, identity = member.partition(b".")
-            pipe.hmget(b"hr:run:" + run, "r", b"i:" + identity)
-        return [
-            Dead(decode(run, RunRecord), decode(invocation, InvocationRecord)) if run and invocation else None
-            for run, invocation in await _answered(pipe.execute())
-        ]
-
-
-async def _answered(answer: Awaitable[Any]) -> Any:
-    """Return what Redis answers.
-
-    Raises:
-        Unavailable: it does not.
-    """
-    try:
-        return await answer
-    except (redis.exceptions.RedisError, OSError) as error:
-        raise Unavailable(
-            "the read model does not answer", hint="Triggers are still accepted; read again in a moment."
-        ) from error
-
-
-def _cursor(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 19:
-        raise BadRequest(f"cursor: {ascii(text)[:80]} is not one of ours", hint="Pass on `next` of the page before.")
-    return int(text)
-
-
-def _rebuilding() -> Unavailable:
-    return Unavailable(
-        "the read model is being built anew from the log",
-        hint="Triggers are still accepted, and single runs can be read; ask again in a moment.",
-    )
+    commands = [command for key, members in places.items() for command in _split("ZADD", key, members)]
+    return commands + _split("HSET", DEAD_RUNS, runs)

@@ -14,8 +14,11 @@ from msgspec import Struct, structs
 from headrace.clock import format_instant, maybe_instant
 from headrace.model import (
     FINAL,
+    AnswerLinks,
+    AnswerView,
     ErrorInfo,
     EventView,
+    Fidelity,
     InvocationState,
     InvocationView,
     Links,
@@ -45,12 +48,24 @@ INVOCATIONS_SHOWN_MAX = 1000
 _log = logging.getLogger(__name__)
 
 
+class Answered(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One of several answers of a run, and the instant at which it was there; ``explicit`` is as in ``RunRecord``."""
+
+    invocation_id: str
+    fidelity: Fidelity
+    at: float
+    explicit: bool = False
+
+
 class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of a run; instants in epoch seconds. ``seq`` is the last fact that changed it.
 
     ``answer_id`` names the invocation whose outcome holds the answer, ``explicit`` says that it was given with
     ``ctx.answer``. ``dead`` counts invocations that were given up on, ``dead_id`` is the first. ``replays`` is what it
     gives another go, and ``replayed_as`` the run that gave it another go.
+
+    ``fidelity`` is that of the answer, and ``answers`` holds all there were, where functions have variants; when it was
+    answered, and where the time went, are told of the first. ``coarsest`` is the worst of what the answer is made of.
     """
 
     run_id: str
@@ -77,6 +92,9 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     replayed_as: str | None = None
     thread: list[str] = []
     mark: Mark | None = None
+    fidelity: Fidelity | None = None
+    answers: list[Answered] = []
+    coarsest: Fidelity | None = None
 
     @property
     def ended(self) -> bool:
@@ -92,6 +110,11 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def retracted_by(self) -> str | None:
         """The run of the event that took the thread of this one back."""
         return self.mark.run_id if self.mark is not None and self.mark.kind == "retracted" else None
+
+    @property
+    def improving(self) -> bool:
+        """Whether there is an answer, and a better one may come yet."""
+        return _level(self.fidelity) > 0 and self.answered_at is not None and not self.ended
 
     @property
     def deadline_met(self) -> bool | None:
@@ -164,6 +187,9 @@ def apply(record: RunRecord | None, fact: Fact, stored: Stored) -> RunRecord | N
             return _outcome(record, fact, stored)
         case RunEnd():
             return _end(record, fact, stored)
+        case Invocation(rung=rung) if rung is not None and rung.role == "rescue":
+            # No outcome counts it among its children.
+            return structs.replace(record, seq=stored.seq, invocations=record.invocations + 1)
         case Cancel():
             return structs.replace(
                 record,
@@ -199,33 +225,50 @@ def _begin(first: Invocation, stored: Stored) -> RunRecord:
 
 def _outcome(record: RunRecord, done: Outcome, stored: Stored) -> RunRecord:
     record = structs.replace(record, state="running", seq=stored.seq, invocations=record.invocations + done.children)
-    if done.answer is not None and not record.explicit:
-        record = structs.replace(
-            record,
-            answered_at=stored.at,
-            answer_id=done.invocation_id,
-            explicit=True,
-            spent=_with_commit(done.spent, done.ended_at, stored.at),
-        )
+    if done.answer is not None:
+        spent = _with_commit(done.spent, done.ended_at, stored.at)
+        answer = (done.invocation_id, done.fidelity, stored.at)
+        record = _answered(record, *answer, spent=spent, explicit=True)
+    elif done.state == "succeeded" and done.end is None and _level(done.fidelity) > _level(record.coarsest):
+        record = structs.replace(record, coarsest=done.fidelity)
     if done.state == "dead":
         record = structs.replace(record, dead=record.dead + 1, dead_id=record.dead_id or done.invocation_id)
-    if done.error is not None and record.error is None:
+    if done.error is not None and record.error is None and done.error.kind != "answered":
         record = structs.replace(record, error=done.error)
-    return record if done.end is None else _end(record, done.end, stored)
+    return record if done.end is None else _end(record, done.end, stored, done.fidelity)
 
 
-def _end(record: RunRecord, end: RunEnd, stored: Stored) -> RunRecord:
-    record = structs.replace(record, state=end.state, ended_at=stored.at, seq=stored.seq)
-    if end.error is not None:
-        record = structs.replace(record, error=end.error)
-    if record.explicit:
+def _end(record: RunRecord, end: RunEnd, stored: Stored, fidelity: Fidelity | None = None) -> RunRecord:
+    # Who has an answer of a cheaper variant has an answer; then the error says why there is no better one.
+    state = "succeeded" if end.state == "failed" and record.improving else end.state
+    error = end.error if state == "succeeded" or end.error is not None else record.error
+    record = structs.replace(record, state=state, ended_at=stored.at, seq=stored.seq, error=error)
+    spent = _with_commit(end.spent, end.ended_at, stored.at)
+    if end.state == "succeeded" and end.answer_id is not None:
+        return _answered(record, end.answer_id, fidelity, stored.at, spent=spent, explicit=False)
+    return record if record.answered_at is not None else structs.replace(record, spent=spent)
+
+
+def _answered(
+    record: RunRecord, identity: str, fidelity: Fidelity | None, at: float, *, spent: TimeLedger, explicit: bool
+) -> RunRecord:
+    """Return the run after one more answer: the first one counts, unless a better one takes its place."""
+    if _level(record.coarsest) > _level(fidelity):
+        fidelity = record.coarsest
+    if record.answered_at is None:
+        record = structs.replace(record, answered_at=at, spent=spent)
+    elif _level(fidelity) >= _level(record.fidelity) or any(each.invocation_id == identity for each in record.answers):
         return record
-    return structs.replace(
-        record,
-        spent=_with_commit(end.spent, end.ended_at, stored.at),
-        answered_at=stored.at if end.state == "succeeded" else None,
-        answer_id=end.answer_id,
-    )
+    elif fidelity is None and record.fidelity is not None:  # the end of a chain, which the full function began
+        fidelity = Fidelity(level=0, function=record.function, of=record.fidelity.of)
+    answers = record.answers
+    if fidelity is not None:
+        answers = [*answers, Answered(invocation_id=identity, fidelity=fidelity, at=at, explicit=explicit)]
+    return structs.replace(record, answer_id=identity, explicit=explicit, fidelity=fidelity, answers=answers)
+
+
+def _level(fidelity: Fidelity | None) -> int:
+    return 0 if fidelity is None else fidelity.level
 
 
 def _marked(record: RunRecord, by: Mark, stored: Stored) -> RunRecord:
@@ -354,13 +397,37 @@ def view(record: RunRecord, invocations: Iterable[InvocationRecord]) -> RunView:
         thread=record.thread,
         superseded_by=record.superseded_by,
         retracted_by=record.retracted_by,
+        fidelity=record.fidelity,
+        answers=[_answer_view(record, position) for position in range(len(record.answers))],
     )
+
+
+def _answer_view(record: RunRecord, position: int) -> AnswerView:
+    one = record.answers[position]
+    before = record.answers[position - 1] if position > 0 else None
+    after = record.answers[position + 1] if position + 1 < len(record.answers) else None
+    return AnswerView(
+        invocation_id=one.invocation_id,
+        fidelity=one.fidelity,
+        answered_at=format_instant(one.at),
+        in_time=None if record.deadline is None else one.at <= record.deadline,
+        links=AnswerLinks(
+            self=answer_url(record.run_id, one),
+            predecessor_version=None if before is None else answer_url(record.run_id, before),
+            successor_version=None if after is None else answer_url(record.run_id, after),
+        ),
+    )
+
+
+def answer_url(run_id: str, one: Answered) -> str:
+    """Return where one of several answers of a run is read, whatever comes later."""
+    return f"/v1/runs/{run_id}/result?level={one.fidelity.level}"
 
 
 def _shown(one: InvocationRecord, record: RunRecord) -> InvocationView:
     state: InvocationState = one.state
-    if record.state == "canceled" and state not in FINAL:
-        state = "canceled"
+    if record.state in ("canceled", "succeeded") and state not in FINAL:
+        state = "canceled"  # nobody needs it any more
     return InvocationView(
         invocation_id=one.invocation_id,
         parent_id=one.parent_id,
