@@ -12,10 +12,12 @@ from pathlib import Path
 
 from aiohttp import web
 
+from gateway.auth import tenant_of
 from gateway.limits import GatewayLimits
 from gateway.needs import Log
 from gateway.problems import Busy
-from headrace.errors import BadRequest, TooLarge, Unavailable
+from gateway.shares import Shares
+from headrace.errors import BadRequest, Overloaded, TooLarge, Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -126,11 +128,12 @@ class Fill:
 class Held:
     """A request that was let in, and the bytes it takes. Whoever got it from ``Gate.enter`` ends with ``leave``."""
 
-    __slots__ = ("_gate", "_request", "size")
+    __slots__ = ("_gate", "_request", "size", "tenant")
 
-    def __init__(self, gate: Gate, request: web.Request, size: int) -> None:
+    def __init__(self, gate: Gate, request: web.Request, tenant: str, size: int) -> None:
         self._gate = gate
         self._request = request
+        self.tenant = tenant
         self.size = size
 
     async def read(self) -> bytes:
@@ -168,14 +171,25 @@ class Held:
 
 
 class Gate:
-    """Counts requests and bytes in flight against their limits."""
+    """Counts requests and bytes in flight against their limits; no tenant may have all of either."""
 
-    def __init__(self, limits: GatewayLimits, disk: Disk, fill: Fill) -> None:
+    def __init__(self, limits: GatewayLimits, disk: Disk, fill: Fill, shared: Callable[[], bool]) -> None:
+        """Begin with nothing in flight; ``shared`` says whether there is more than one tenant."""
         self.limits = limits
         self._disk = disk
         self.fill = fill
-        self.requests = 0
-        self.bytes = 0
+        self._requests = Shares(limits.in_flight_max, shared, busy)
+        self._bytes = Shares(limits.in_flight_bytes_max, shared, busy)
+
+    @property
+    def requests(self) -> int:
+        """How many requests are in flight."""
+        return self._requests.taken
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes they take."""
+        return self._bytes.taken
 
     def enter(self, request: web.Request) -> Held:
         """Let a request in.
@@ -183,6 +197,7 @@ class Gate:
         Raises:
             TooLarge: it says itself that its body is larger than the limit.
             Busy: too many requests or bytes are in flight.
+            Overloaded: too many of this tenant are.
             Unavailable: the disk or the log is nearly full.
         """
         limits = self.limits
@@ -191,15 +206,18 @@ class Gate:
             raise too_large(limits)
         if "Content-Encoding" in request.headers:
             size = 0  # what is packed says nothing about what comes out of it
-        if self.requests >= limits.in_flight_max or self.bytes + size > limits.in_flight_bytes_max:
-            raise busy()
+        tenant = tenant_of(request)
         self._disk.check()
         self.fill.check()
+        self._requests.take(tenant)
+        try:
+            self._bytes.take(tenant, size)
+        except Overloaded:
+            self._requests.give_back(tenant)
+            raise
         self._disk.took(size + _BESIDE_BODY_BYTES)
         self.fill.took(size + _BESIDE_BODY_BYTES)
-        self.requests += 1
-        self.bytes += size
-        return Held(self, request, size)
+        return Held(self, request, tenant, size)
 
     def grow(self, held: Held, more: int) -> None:
         """Count bytes that were not announced.
@@ -207,18 +225,17 @@ class Gate:
         Raises:
             TooLarge: this body is larger than the limit.
             Busy: there is no room for it at the moment.
+            Overloaded: what room there is, is kept for other tenants.
         """
         if held.size + more > self.limits.body_bytes_max:
             raise too_large(self.limits)
-        if self.bytes + more > self.limits.in_flight_bytes_max:
-            raise busy()
+        self._bytes.take(held.tenant, more)
         held.size += more
-        self.bytes += more
 
     def leave(self, held: Held) -> None:
         """Take a request out of the count."""
-        self.requests -= 1
-        self.bytes -= held.size
+        self._requests.give_back(held.tenant)
+        self._bytes.give_back(held.tenant, held.size)
 
 
 def busy() -> Busy:

@@ -15,7 +15,8 @@ class GatewayLimits(Struct, frozen=True, kw_only=True):
 
     ``in_flight_max`` and ``in_flight_bytes_max`` bound requests whose body is being read or appended; ``waiting_max``
     those that wait for an answer (``Prefer: wait``); ``streams_max`` clients of server-sent events.
-    ``backlog_max`` is how much work may wait for a worker before nothing more is accepted.
+    ``backlog_max`` is how much work may wait for a worker before nothing more is accepted; one of several tenants may
+    have as much waiting as there is room left.
     ``disk_bytes_min`` is the free space below which nothing new is accepted, before the log stalls; ``log_share_max``
     the share of the log's size limit from which on nothing new is accepted, so that what was accepted can still end.
     """

@@ -50,7 +50,15 @@ def private_folder(path: Path) -> Path:
 
 
 def read_secret(path: Path, setting: str) -> str:
-    """Return the secret in a file, without the newline at its end.
+    """Return the secret in a file that holds one line, without the newline at its end; raises as ``read_private``."""
+    text = read_private(path, setting)
+    if any(ord(c) < 32 for c in text):
+        raise _unusable(path, setting)
+    return text
+
+
+def read_private(path: Path, setting: str) -> str:
+    """Return the text of a file with secrets, without white space around it.
 
     Args:
         path: the file; it must belong to this user (or root) and be closed to group and others.
@@ -78,11 +86,15 @@ def read_secret(path: Path, setting: str) -> str:
         text = os.read(handle, SECRET_BYTES_MAX).decode("utf-8", "replace").strip()
     finally:
         os.close(handle)
-    if not text or len(text) >= SECRET_BYTES_MAX or any(ord(c) < 32 or c == "\ufffd" for c in text):
-        raise BadSecretFile(
-            f"{setting}: {path} holds no usable secret", hint="It should hold one line of text with the secret."
-        )
+    if not text or len(text) >= SECRET_BYTES_MAX or "\ufffd" in text:
+        raise _unusable(path, setting)
     return text
+
+
+def _unusable(path: Path, setting: str) -> BadSecretFile:
+    return BadSecretFile(
+        f"{setting}: {path} holds no usable secret", hint="It should hold one line of text with the secret."
+    )
 
 
 def kept_secret(path: Path, setting: str) -> str:

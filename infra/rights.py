@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from streams.topology import BUCKETS, LANES, STREAM, lane_consumer
+from streams.topology import BUCKETS, STREAM
 
 ACCOUNT = "HEADRACE"
 ADMIN = "admin"
@@ -52,8 +52,9 @@ _READ_TABLES = tuple(
         f"$JS.FC.{table}.>",
     )
 )
-_LOOK_AT_LANES = tuple(f"$JS.API.CONSUMER.INFO.{STREAM}.{lane_consumer(lane)}" for lane in range(LANES))
-_WRITE_TABLES = tuple(f"$KV.{bucket}.>" for bucket in BUCKETS)
+_LOOK_AT_LANES = f"$JS.API.CONSUMER.LIST.{STREAM}"
+# Who shares the platform is for the admin to say: a gateway only knows their tokens' digests.
+_REGISTER = ("$KV.functions.>", "$KV.versions.>", "$KV.routes.>")
 
 RIGHTS: dict[str, Rights] = {
     ADMIN: Rights(publish=(">",), subscribe=(">",)),
@@ -61,11 +62,12 @@ RIGHTS: dict[str, Rights] = {
         publish=(
             *_READ_LOG,
             *_READ_TABLES,
-            *_WRITE_TABLES,
-            f"$JS.API.CONSUMER.LIST.{STREAM}",
+            *_REGISTER,
+            _LOOK_AT_LANES,
             "hr.work.>",
             "hr.cancel.>",
             "hr.thread.>",
+            "hr.newest.*",
             "hr.replay.*",
         ),
         subscribe=("hr.done.>", "hr.end.*", "hr.cancel.>"),
@@ -84,12 +86,13 @@ RIGHTS: dict[str, Rights] = {
             "hr.note.>",
             "hr.cancel.>",
             "hr.thread.>",
+            "hr.newest.*",
             f"$JS.API.CONSUMER.INFO.{STREAM}.*",
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",
         ),
     ),
-    LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES, *_LOOK_AT_LANES)),
+    LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES, _LOOK_AT_LANES, "$KV.forecasts.>")),
 }
 
 

@@ -16,15 +16,17 @@ from msgspec import Struct
 
 from headrace.wire import Outcome, decode
 from streams.stored import Stored
-from streams.topology import done_subject, end_subject, kind_of, work_subject
+from streams.topology import LaneOf, done_subject, end_subject, kind_of, work_subject
 
 Verdict = Literal["on_its_way", "lost", "stuck", "ended"]
 
 
 class RunFacts(Struct, kw_only=True):
-    """What the log holds of a run: its work as (invocation, lane, sequence), whose outcome is there, and its end."""
+    """What the log holds of a run: its work as (invocation, lane and tenant, sequence), whose outcome is there, and
+    its end.
+    """
 
-    work: list[tuple[str, int, int]] = []
+    work: list[tuple[str, LaneOf, int]] = []
     done: set[str] = set()
     ended: bool = False
 
@@ -41,7 +43,7 @@ def read(found: Iterable[Stored]) -> RunFacts:
         tokens = stored.subject.split(".")
         match kind_of(stored.subject):
             case "work":
-                facts.work.append((tokens[5], int(tokens[2]), stored.seq))
+                facts.work.append((tokens[5], LaneOf(int(tokens[2]), tokens[3]), stored.seq))
             case "done":
                 facts.done.add(tokens[3])
                 facts.ended = facts.ended or _ends(stored)
@@ -50,16 +52,17 @@ def read(found: Iterable[Stored]) -> RunFacts:
     return facts
 
 
-def examine(facts: RunFacts, floors: Mapping[int, int]) -> Verdict:
+def examine(facts: RunFacts, floors: Mapping[LaneOf, int]) -> Verdict:
     """Return how a run stands that the read model takes for open.
 
     Args:
         facts: what the log holds of it, read after the floors.
-        floors: for each lane the sequence up to which all its work is acknowledged.
+        floors: for each lane of each tenant the sequence up to which all its work is acknowledged. A lane that nobody
+            reads has none: its work waits for one who is not there any more.
     """
     if facts.ended:
         return "ended"
-    returned = [(identity, seq <= floors[lane]) for identity, lane, seq in facts.work]
+    returned = [(identity, seq <= floors.get(lane, 0)) for identity, lane, seq in facts.work]
     if any(is_back and identity not in facts.done for identity, is_back in returned):
         return "lost"
     # A run of which the log holds nothing is lost as well: it was kept for too short a time.

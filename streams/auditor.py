@@ -29,7 +29,7 @@ from streams.follow import follow
 from streams.ledger import AUDIT, OPEN, POSITION, TOTALS, WHOLE
 from streams.log import Log
 from streams.stored import Stored
-from streams.topology import LANES, STREAM, lane_consumer
+from streams.topology import LaneOf, consumers, lane_of
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Auditor:
         suspects = [run for run, verdict in before.items() if verdict != "on_its_way"][:SUSPECTS_MAX]
         floors = await self._floors()
         # Of a run whose first work is not acknowledged nothing is: no need to look at those that wait in a backlog.
-        places = await self._candidates(suspects, min(old_enough, max(floors.values())))
+        places = await self._candidates(suspects, min(old_enough, max(floors.values(), default=0)))
         turns, large = asyncio.Semaphore(READS_AT_ONCE), asyncio.Semaphore(LARGE_RUNS_MAX)
 
         async def look(run: str, first_seq: int) -> Verdict:
@@ -151,10 +151,10 @@ class Auditor:
         self._cursor = int(following[-1][1]) if len(following) == RUNS_MAX else 0
         return places
 
-    async def _floors(self) -> dict[int, int]:
-        js = self._log.link.jetstream()
-        infos = await asyncio.gather(*(js.consumer_info(STREAM, lane_consumer(lane)) for lane in range(LANES)))
-        return {lane: 0 if info.ack_floor is None else info.ack_floor.stream_seq for lane, info in enumerate(infos)}
+    async def _floors(self) -> dict[LaneOf, int]:
+        found = await consumers(self._log.link.jetstream())
+        lanes = {lane: info.ack_floor for name, info in found.items() if (lane := lane_of(name)) is not None}
+        return {lane: 0 if floor is None else floor.stream_seq for lane, floor in lanes.items()}
 
     async def _read_through(self, run: str, first_seq: int) -> list[Stored]:
         """Read all facts of a run that has more of them than one answer holds."""

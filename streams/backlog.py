@@ -7,7 +7,7 @@ of outcomes that nobody ever reads counts what ends, wherever it ends, without o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -19,7 +19,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from headrace.errors import Unavailable
 from streams.link import Link
-from streams.topology import LANES, STREAM, lane_consumer
+from streams.topology import LANES, STREAM, lane_of
 
 ANSWER_S = 2.0
 INACTIVE_S = 600.0  # the server forgets the count then, and it is begun anew
@@ -29,7 +29,9 @@ PREFIX = "ended-"
 class Look(NamedTuple):
     """What was there at one moment, by lane: what no worker has yet, and what workers hold or gave back.
 
-    ``at`` is monotonic; ``ended`` counts outcomes since ``counting``, the name of the count, was begun.
+    ``at`` is monotonic; ``ended`` counts outcomes since ``counting``, the name of the count, was begun. ``tenants``
+    has, for each of those who share the platform (also without any work), both together by lane. ``given_back`` is how
+    much of what is held was delivered more than once: mostly because whoever had it had no slot for it.
     """
 
     at: float
@@ -37,12 +39,15 @@ class Look(NamedTuple):
     held: tuple[int, ...]
     ended: int
     counting: str
+    tenants: Mapping[str, tuple[int, ...]] = {}
+    given_back: int = 0
 
 
 class _Consumer(Struct, frozen=True):
     name: str
     num_pending: int = 0
     num_ack_pending: int = 0
+    num_redelivered: int = 0
 
 
 class _Page(Struct, frozen=True):
@@ -51,7 +56,6 @@ class _Page(Struct, frozen=True):
 
 
 _page = msgspec.json.Decoder(_Page).decode
-_LANE_OF = {lane_consumer(lane): lane for lane in range(LANES)}
 
 
 class Lanes:
@@ -76,14 +80,20 @@ class Lanes:
         except (nats.errors.Error, nats.js.errors.Error, msgspec.MsgspecError, OSError, TimeoutError) as error:
             raise Unavailable("the log does not tell how much waits", hint="Try again in a moment.") from error
         waiting, held = [0] * LANES, [0] * LANES
-        for name, lane in _LANE_OF.items():
-            consumer = found.get(name)
-            if consumer is not None:
-                waiting[lane] = consumer.num_pending
-                held[lane] = consumer.num_ack_pending
+        tenants: dict[str, list[int]] = {}
+        given_back = 0
+        for name, consumer in found.items():
+            place = lane_of(name)
+            if place is not None:
+                waiting[place.lane] += consumer.num_pending
+                held[place.lane] += consumer.num_ack_pending
+                given_back += consumer.num_redelivered
+                mine = tenants.setdefault(place.tenant, [0] * LANES)
+                mine[place.lane] += consumer.num_pending + consumer.num_ack_pending
         counted = found.get(self._counting)
         ended = 0 if counted is None else counted.num_pending
-        return Look(self._clock(), tuple(waiting), tuple(held), ended, self._counting)
+        each = {tenant: tuple(by_lane) for tenant, by_lane in tenants.items()}
+        return Look(self._clock(), tuple(waiting), tuple(held), ended, self._counting, each, given_back)
 
     async def _consumers(self) -> dict[str, _Consumer]:
         """Return the consumers of the stream by name, page by page."""

@@ -15,10 +15,20 @@ from nats.js.kv import KeyValue
 from headrace.errors import Unavailable
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord, decode, encode
 from streams.link import Link
+from streams.topology import DEFAULT_TENANT
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+def row_key(tenant: str, name: str) -> str:
+    """Return the key of something that a tenant registered under a name: what is his is no other's of the same name.
+
+    Names hold no dot, so no key of one tenant is that of another. Those of the default tenant are the names alone, as
+    they were before there were others.
+    """
+    return name if tenant == DEFAULT_TENANT else f"{tenant}.{name}"
 
 
 class Table(Generic[T]):
@@ -164,13 +174,13 @@ class Tables:
     def _all(self) -> tuple[Table[Any], ...]:
         return (self.functions, self.versions, self.routes, self.tenants, self.forecasts)
 
-    def function(self, name: str) -> FunctionRecord | None:
-        """Return the current version of a function."""
-        return self.functions.get(name)
+    def function(self, tenant: str, name: str) -> FunctionRecord | None:
+        """Return the current version of a tenant's function."""
+        return self.functions.get(row_key(tenant, name))
 
-    async def version(self, name: str, version: str) -> FunctionRecord | None:
-        """Return one version of a function, current or not."""
-        key = f"{name}.{version}"
+    async def version(self, tenant: str, name: str, version: str) -> FunctionRecord | None:
+        """Return one version of a tenant's function, current or not."""
+        key = f"{row_key(tenant, name)}.{version}"
         return self.versions.get(key) or await self.versions.fetch(key)
 
 

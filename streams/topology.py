@@ -10,9 +10,11 @@
     hr.note.<run>.<invocation>.<attempt>         Note: log lines and progress
     hr.cancel.<run>.<who>                        Cancel: by a user, or by the run of a later event of the same thread
     hr.thread.<thread>.<run>                     Member: the event of a run belongs to a thread of revisions
+    hr.newest.<key>                              Newest: the last accepted run of those of which only one counts
     hr.replay.<run>                              Replay: a failed run was given another go by a new one
 
-The lane stands in the subject of work, so that one consumer per lane reads it without looking at the rest.
+Lane and tenant stand in the subject of work: one consumer for each pair of them reads it without looking at the rest,
+so that a worker can take of every tenant, however much another one has waiting.
 
 Leases and the outcome of an invocation are one family, ``hr.*.<run>.<invocation>``: who appends to it says which
 message of it was the last one known to him, so of all attempts only the holder of the newest lease can commit.
@@ -20,22 +22,32 @@ message of it was the last one known to him, so of all attempts only the holder 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from msgspec import Struct
 from nats.js.api import (
     AckPolicy,
     ConsumerConfig,
+    ConsumerInfo,
+    DeliverPolicy,
     DiscardPolicy,
     KeyValueConfig,
     RetentionPolicy,
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import NotFoundError
+from nats.js.client import JetStreamContext
+from nats.js.errors import NoKeysError, NotFoundError
+from nats.js.kv import KeyValue
 
 from streams.link import Link
 
 STREAM = "HEADRACE"
 LANES = 12
+DEFAULT_TENANT = "default"  # always there; every other one is a row of the table of tenants
 INLINE_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 16 * 1024 * 1024
 ACK_WAIT_S = 6.0
@@ -106,6 +118,11 @@ def thread_subject(thread: str, run: str) -> str:
     return f"hr.thread.{thread}.{run}"
 
 
+def newest_subject(key: str) -> str:
+    """Return the subject whose last message names the newest run of a source and a subject of events."""
+    return f"hr.newest.{key}"
+
+
 def replay_subject(run: str) -> str:
     """Return the subject that says which new runs gave a failed one another go."""
     return f"hr.replay.{run}"
@@ -134,9 +151,23 @@ def run_of(subject: str) -> str:
     return subject.split(".", 3)[2]
 
 
-def lane_consumer(lane: int) -> str:
-    """Return the name of the consumer that all workers share for one lane."""
-    return f"work-{lane}"
+class LaneOf(NamedTuple):
+    """A lane of one tenant, which has a consumer of its own."""
+
+    lane: int
+    tenant: str
+
+
+def lane_consumer(lane: int, tenant: str) -> str:
+    """Return the name of the consumer that all workers share for one lane of one tenant."""
+    return f"work-{lane}-{tenant}"
+
+
+def lane_of(consumer: str) -> LaneOf | None:
+    """Return which lane of which tenant a consumer reads; None for any other consumer."""
+    kind, _, rest = consumer.partition("-")
+    lane, _, tenant = rest.partition("-")
+    return LaneOf(int(lane), tenant) if kind == "work" and tenant and lane.isdecimal() else None
 
 
 def _stream(limits: Limits, replicas: int) -> StreamConfig:
@@ -154,10 +185,20 @@ def _stream(limits: Limits, replicas: int) -> StreamConfig:
     )
 
 
-def _lane(lane: int) -> ConsumerConfig:
+def lane_config(lane: int, tenant: str, start: int = 1) -> ConsumerConfig:
+    """Return what the consumer of one lane of one tenant is to be.
+
+    Args:
+        lane: 0 to ``LANES - 1``.
+        tenant: whose work it reads.
+        start: the sequence at which it begins to read. It is named and not left to the server ("what comes from now
+            on"): a consumer whose state was lost begins there again.
+    """
     return ConsumerConfig(
-        durable_name=lane_consumer(lane),
-        filter_subject=f"hr.work.{lane}.>",
+        durable_name=lane_consumer(lane, tenant),
+        filter_subject=f"hr.work.{lane}.{tenant}.>",
+        deliver_policy=DeliverPolicy.BY_START_SEQUENCE if start > 1 else DeliverPolicy.ALL,
+        opt_start_seq=start if start > 1 else None,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ACK_WAIT_S,
         max_deliver=-1,
@@ -176,8 +217,6 @@ async def ensure(link: Link, limits: Limits, replicas: int = 1) -> None:
         await js.add_stream(wanted)
     else:
         await js.update_stream(wanted)
-    for lane in range(LANES):
-        await js.add_consumer(STREAM, _lane(lane))
     for bucket in BUCKETS:
         try:
             await js.key_value(bucket)
@@ -192,3 +231,79 @@ async def ensure(link: Link, limits: Limits, replicas: int = 1) -> None:
                     direct=True,
                 )
             )
+    there = await consumers(js)
+    for tenant in await _tenants(await js.key_value("tenants")):
+        await _ensure_lanes(js, tenant, there)
+    await _remove_undivided(js, there)
+
+
+async def add_tenant(link: Link, tenant: str) -> None:
+    """Make the lanes of a tenant. Safe to repeat: lanes that exist keep their place.
+
+    They begin at the end of the log: there is no work yet of one who is not in the table, or all of it is over.
+    """
+    js = link.jetstream()
+    end = (await js.stream_info(STREAM)).state.last_seq
+    await _ensure_lanes(js, tenant, await consumers(js), start=end + 1)
+
+
+async def remove_tenant(link: Link, tenant: str) -> None:
+    """Remove the lanes of a tenant, and with them the memory of which of its work is done."""
+    js = link.jetstream()
+    for name in await consumers(js):
+        found = lane_of(name)
+        if found is not None and found.tenant == tenant:
+            await _delete(js, name)
+
+
+async def consumers(js: JetStreamContext) -> dict[str, ConsumerInfo]:
+    """Return all consumers of the log by name, page by page."""
+    found: dict[str, ConsumerInfo] = {}
+    while True:
+        page = await js.consumers_info(STREAM, offset=len(found))
+        known = len(found)
+        found |= {info.name: info for info in page}
+        if len(found) == known:
+            return found
+
+
+async def _tenants(table: KeyValue) -> Iterable[str]:
+    try:
+        return {DEFAULT_TENANT, *await table.keys()}
+    except NoKeysError:
+        return {DEFAULT_TENANT}
+
+
+async def _ensure_lanes(js: JetStreamContext, tenant: str, there: dict[str, ConsumerInfo], start: int = 1) -> None:
+    """Make the consumers of a tenant, or bring them to these settings; where one begins to read cannot change."""
+    wanted = []
+    for lane in range(LANES):
+        known = there.get(lane_consumer(lane, tenant))
+        if known is not None:
+            begin = known.config.opt_start_seq or 1
+        elif tenant == DEFAULT_TENANT:
+            begin = _undivided_floor(there.get(f"work-{lane}")) + 1
+        else:
+            begin = start
+        wanted.append(lane_config(lane, tenant, begin))
+    await asyncio.gather(*(js.add_consumer(STREAM, config) for config in wanted))
+
+
+def _undivided_floor(info: ConsumerInfo | None) -> int:
+    """Return up to where a lane was acknowledged when one consumer read it for all: a log of an older release.
+
+    What was acknowledged beyond comes once more, as a first delivery of something stored before the workers came: they
+    look for its outcome.
+    """
+    return 0 if info is None or info.ack_floor is None else info.ack_floor.stream_seq
+
+
+async def _remove_undivided(js: JetStreamContext, there: dict[str, ConsumerInfo]) -> None:
+    for lane in range(LANES):
+        if f"work-{lane}" in there:
+            await _delete(js, f"work-{lane}")
+
+
+async def _delete(js: JetStreamContext, consumer: str) -> None:
+    with contextlib.suppress(NotFoundError):
+        await js.delete_consumer(STREAM, consumer)
