@@ -1,4 +1,4 @@
-"""The first invocation of a run: what the gateway appends before it says 202."""
+"""The first invocation of a run: what the gateway appends before it says 202, and what it refuses to append."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ from msgspec import Struct
 from functions.qos import lane
 from functions.revisions import ORDINARY, Standing
 from headrace.clock import format_instant, maybe_instant
+from headrace.errors import Infeasible
 from headrace.model import Links, Quote, RunRef
-from headrace.names import invocation_id, run_id
+from headrace.names import invocation_id, newest_id, run_id
 from headrace.wire import RETRACTER, EventMeta, FunctionRecord, Invocation, Payload, RouteRecord, encode
+from streams import newest
 from streams.log import Record
 from streams.threads import membership
 from streams.topology import work_subject
 
+UNKNOWN = Quote()
+
 
 class Admitted(Struct, frozen=True, kw_only=True):
-    """A run about to be accepted: its records, to append as they are, and the invocation in the first of them."""
+    """A run about to be accepted: its records, to append as they are, and the invocation in the first of them.
+
+    ``strict`` says that it is not to be accepted where its answer is not expected in time.
+    """
 
     records: list[Record]
     invocation: Invocation
+    strict: bool = False
 
     @property
     def record(self) -> Record:
-        """The record that accepts the run; the others say which threads it belongs to."""
+        """The record that accepts the run; the others say which threads it belongs to, and that it is the newest."""
         return self.records[0]
 
     @property
@@ -40,6 +48,11 @@ def body_digest(content_type: str, body: bytes) -> str:
     h.update(b"\0")
     h.update(body)
     return h.hexdigest()[:32]
+
+
+def due_of(first: Invocation) -> float | None:
+    """Return the instant that the lane of an invocation goes by."""
+    return first.deadline if first.due is None else first.due
 
 
 def guard_subject(tenant: str, run: str) -> str:
@@ -58,6 +71,8 @@ def admit(
     now: float,
     deadline: float | None,
     revises: Standing = ORDINARY,
+    quote: Quote = UNKNOWN,
+    due: float | None = None,
 ) -> Admitted:
     """Make the record that accepts a run. Its ids follow from the event and the route, so a repeat makes the same ones.
 
@@ -79,14 +94,47 @@ def admit(
         deadline=deadline,
         event=event,
         digest=digest,
-        quote=Quote(),
+        quote=quote,
         on_late="continue" if revises.retraction else route.route.on_late,
         places=revises.places,
+        due=due,
+        newest=newest_id(tenant, route.name, event.source, event.subject) if route.route.newest_wins else "",
     )
-    subject = work_subject(lane(deadline, now), tenant, run, first)
+    subject = work_subject(lane(due_of(invocation), now), tenant, run, first)
     accepting = Record(subject, encode(invocation), work_subject("*", tenant, run, first))
     # First the work: should a power cut tear the two apart, whoever runs it says again which threads it belongs to.
-    return Admitted(records=[accepting, *membership(invocation)], invocation=invocation)
+    return Admitted(
+        records=[accepting, *membership(invocation), *newest.claim(invocation)],
+        invocation=invocation,
+        strict=route.route.admission == "strict" and not revises.retraction,
+    )
+
+
+def is_feasible(admitted: Admitted) -> bool:
+    """Return whether a run may be accepted: its route takes it in any case, or its answer may be there in time."""
+    quote = admitted.invocation.quote
+    return not admitted.strict or quote is None or quote.verdict != "infeasible"
+
+
+def check_feasible(admitted: Admitted) -> None:
+    """Return if a run may be accepted.
+
+    Raises:
+        Infeasible: its route is strict, and the answer is not expected in time.
+    """
+    first = admitted.invocation
+    if is_feasible(admitted) or first.quote is None or first.deadline is None:
+        return
+    quote = first.quote
+    left_s = first.deadline - first.accepted_at
+    event_id = "" if first.event is None else first.event.id
+    expected = "cannot be there in time" if quote.p50_s is None else f"is expected after {quote.p50_s:.3g} s"
+    left = f"its deadline is in {left_s:.3g} s" if left_s > 0.0 else "its deadline has passed"
+    raise Infeasible(
+        f"the answer to the event {ascii(event_id)[:80]} on the route {first.route} {expected}, and {left}",
+        hint="Give it a later deadline; `headrace explain` tells where the time goes. The route's admission is strict.",
+        quote=quote,
+    )
 
 
 def links(run: str) -> Links:
@@ -103,6 +151,6 @@ def reference(first: Invocation, *, duplicate: bool) -> RunRef:
         duplicate=duplicate,
         accepted_at=format_instant(first.accepted_at),
         deadline=maybe_instant(first.deadline),
-        quote=first.quote or Quote(),
+        quote=first.quote or UNKNOWN,
         links=links(first.run_id),
     )

@@ -4,6 +4,11 @@ What is accepted waits behind all work of its own lane and of more urgent ones. 
 work waits: so many outcomes a second is what it can do, and so many outcomes follow from one that waits. A trigger that
 would wait for more than half of the time it has is refused with 503 and the time after which there will be room.
 Nothing is learned, and nothing refused, while no work waits; and what may wait at all is bounded by ``backlog_max``.
+What workers hold counts as waiting: they hold more than they run, so that their order has something to choose from.
+
+Workers take of every tenant in turn, so of another's work no more is ahead than one has oneself. Where several share
+the platform, each may have as much waiting as there is room left for the others: one alone half of ``backlog_max``, two
+a third each. Who has more is told so (429), and the others are still accepted.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from operator import add
 from typing import NamedTuple
 
@@ -22,9 +27,10 @@ from functions.qos import lane
 from functions.sizes import Sizes
 from gateway.needs import Lanes
 from gateway.problems import Busy
-from headrace.errors import Unavailable
+from headrace.errors import Overloaded, Unavailable
 from streams.backlog import Look
-from streams.topology import LANES
+from streams.tables import row_key
+from streams.topology import DEFAULT_TENANT, LANES
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +40,7 @@ YOUNG_S = 3.0
 LOOK_RUNS = 16  # accepted since the last look, after which the next one comes as early as when little is known
 FORGET_S = 10.0  # what was done before this long ago tells little of what is done now
 EVIDENCE = 20  # unless so few outcomes came since
+GIVEN_BACK_MIN = 8  # fewer deliveries that came again may be attempts that failed
 REMEMBER_S = 120.0
 FOLLOWING_MAX = 16.0  # outcomes that one piece of waiting work is thought to lead to, at most
 BENEFIT_SHARE = 0.05  # of the time that is left: for so long, nothing done yet is no sign that nothing gets done
@@ -73,11 +80,12 @@ class Backlog:
         self._backlog_max = backlog_max
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 - spreads retries, no secret
-        self._waiting = (0,) * LANES
-        self._taken = [0] * LANES
+        self._waiting: Mapping[str, Sequence[int]] = {}  # by tenant and lane
+        self._taken: dict[str, list[int]] = {}
         self._accepted = 0
         self._samples: deque[_Sample] = deque()
         self._waits_since = 0.0
+        self._held_full = 0
         self._rest: _Sample | None = None
         self._sizes = Sizes()
         self._counting = ""
@@ -87,7 +95,17 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """How much waits for a worker, as far as is known."""
-        return sum(self._waiting) + sum(self._taken)
+        return sum(self._count(tenant) for tenant in {*self._waiting, *self._taken})
+
+    def _count(self, tenant: str, lanes: int = LANES) -> int:
+        """Return how much of a tenant's work waits in the first so many lanes."""
+        return sum(self._waiting.get(tenant, ())[:lanes]) + sum(self._taken.get(tenant, ())[:lanes])
+
+    def _ahead(self, tenant: str, lanes: int, runs: int) -> int:
+        """Return how much is done before runs of a tenant that come last in the first so many lanes."""
+        own = self._count(tenant, lanes)
+        others = {*self._waiting, *self._taken} - {tenant}
+        return own + sum(min(self._count(other, lanes), own + runs) for other in others)
 
     def per_second(self) -> float | None:
         """Return how many outcomes a second came while work waited; None where nothing waits.
@@ -116,22 +134,37 @@ class Backlog:
         to_do = expected - (last.ended - self._rest.ended)
         return min(each, max(1.0, to_do / max(1, last.waiting)))
 
-    def check(self, deadline: float | None, now: float, runs: int = 1) -> None:
+    def wait_s(self, deadline: float | None, now: float, tenant: str = DEFAULT_TENANT) -> float:
+        """Return how many seconds what is ahead of a run with this deadline keeps it waiting; 0 while nothing waits.
+
+        Args:
+            deadline: epoch seconds, or None.
+            now: epoch seconds.
+            tenant: whose run it is.
+        """
+        per_second = self.per_second()
+        if per_second is None:
+            return 0.0
+        return self._ahead(tenant, lane(deadline, now) + 1, 1) * self.following() / per_second
+
+    def check(self, deadline: float | None, now: float, runs: int = 1, tenant: str = DEFAULT_TENANT) -> None:
         """Return if runs with this deadline would be begun in time; ``now`` and ``deadline`` in epoch seconds.
 
         Raises:
             Busy: they would not, or too much waits already.
+            Overloaded: the tenant has as much waiting as it may have.
         """
         if self._lanes is None:
             return
         self._look_soon()
-        if self.waiting + runs > self._backlog_max:
-            raise self._refusal(f"{self.waiting:,} pieces of work wait, the limit is {self._backlog_max:,}", 1.0)
+        waiting = self.waiting
+        if waiting + runs > self._backlog_max:
+            raise self._refusal(f"{waiting:,} pieces of work wait, the limit is {self._backlog_max:,}", 1.0)
+        self._check_share(tenant, runs, self._backlog_max - waiting)
         per_second = self.per_second()
         if deadline is None or per_second is None:
             return
-        mine = lane(deadline, now)
-        ahead = sum(self._waiting[: mine + 1]) + sum(self._taken[: mine + 1])
+        ahead = self._ahead(tenant, lane(deadline, now) + 1, runs)
         left_s = max(0.0, deadline - now)
         wait_s = (ahead + runs - 1) * self.following() / per_second
         if ahead and wait_s > WAIT_SHARE * left_s and self._clock() - self._waits_since > BENEFIT_SHARE * left_s:
@@ -141,10 +174,20 @@ class Backlog:
                 wait_s - WAIT_SHARE * left_s,
             )
 
-    def took(self, route: str, deadline: float | None, now: float, runs: int = 1) -> None:
-        """Count runs that were accepted on a route, until the next look sees them."""
-        self._sizes.accept(route, runs)
-        self._taken[lane(deadline, now)] += runs
+    def _check_share(self, tenant: str, runs: int, room: int) -> None:
+        own = self._count(tenant)
+        if len(self._waiting) > 1 and own + runs > room:
+            raise Overloaded(
+                f"{own:,} pieces of your work wait; of the {self._backlog_max:,} that may wait, the other {room:,} are "
+                "kept for other tenants",
+                hint="Send it again when some of yours has ended. A tenant may have as much waiting as is left free.",
+                retry_after_s=self._spread(1.0),
+            )
+
+    def took(self, route: str, deadline: float | None, now: float, runs: int = 1, tenant: str = DEFAULT_TENANT) -> None:
+        """Count runs that were accepted on a tenant's route, until the next look sees them."""
+        self._sizes.accept(row_key(tenant, route), runs)
+        self._taken.setdefault(tenant, [0] * LANES)[lane(deadline, now)] += runs
         self._accepted += runs
 
     async def close(self) -> None:
@@ -154,30 +197,44 @@ class Backlog:
             await asyncio.gather(self._looking, return_exceptions=True)
 
     def _refusal(self, why: str, retry_after_s: float) -> Busy:
-        spread = 1.0 + 0.5 * self._rng.random()  # those that were refused together do not come back together
         return Busy(
             why,
             hint="Send it again after Retry-After seconds, give it a later deadline, or add workers.",
-            retry_after_s=min(RETRY_S_MAX, max(1.0, retry_after_s) * spread),
+            retry_after_s=self._spread(retry_after_s),
         )
+
+    def _spread(self, retry_after_s: float) -> float:
+        """Return a time to come back after: those that were refused together do not come back together."""
+        return min(RETRY_S_MAX, max(1.0, retry_after_s) * (1.0 + 0.5 * self._rng.random()))
 
     def _look_soon(self) -> None:
         """Begin a look if the last one is too old; nobody waits for it."""
-        if self._looking is not None and not self._looking.done():
-            return
+        if (self._looking is None or self._looking.done()) and self._is_old():
+            self._looking = asyncio.create_task(self._look_on(), name="backlog-look")
+
+    def _is_old(self) -> bool:
+        """Say whether the last look was too long ago."""
         now = self._clock()
         young = bool(self._samples) and now - self._waits_since < YOUNG_S
-        soon = young or sum(self._taken) >= LOOK_RUNS
-        if now - self._looked_at >= (LOOK_SOON_S if soon else LOOK_S):
-            self._looking = asyncio.create_task(self._look(), name="backlog-look")
+        soon = young or sum(map(sum, self._taken.values())) >= LOOK_RUNS
+        return now - self._looked_at >= (LOOK_SOON_S if soon else LOOK_S)
+
+    async def _look_on(self) -> None:
+        """Look, and go on while work waits: else who comes first after a storm would be told of the storm."""
+        await self._look()
+        while self._samples:
+            await asyncio.sleep(LOOK_SOON_S)
+            if self._is_old():
+                await self._look()
 
     async def _look(self) -> None:
         assert self._lanes is not None  # noqa: S101 - check returned before
-        before, self._taken = self._taken, [0] * LANES
+        before, self._taken = self._taken, {}
         try:
             self.learn(await self._lanes.look())
         except Unavailable as error:
-            self._taken = list(map(add, before, self._taken))
+            for tenant, taken in before.items():
+                self._taken[tenant] = list(map(add, taken, self._taken.get(tenant, (0,) * LANES)))
             _log.debug("no look at the backlog: %s", error)
         finally:
             self._looked_at = self._clock()
@@ -190,10 +247,10 @@ class Backlog:
             self._rest = None
             self._samples.clear()
         # What workers hold is mostly not begun either, and what they gave back waits with them.
-        self._waiting = tuple(map(add, look.waiting, look.held))
+        self._waiting = look.tenants or {DEFAULT_TENANT: tuple(map(add, look.waiting, look.held))}
         if not sample.waiting:
             self._rest_at(sample)
-        if not any(look.waiting):
+        if not self._waits(look):
             # No work waits, so how fast it is done tells what comes in, not what could be done.
             self._samples.clear()
             return
@@ -206,6 +263,20 @@ class Backlog:
             if not aged and look.at - self._samples[0].at < REMEMBER_S:
                 break
             self._samples.popleft()
+
+    def _waits(self, look: Look) -> bool:
+        """Say whether there is more work than workers can begin, from what they hold where nothing else waits.
+
+        They take a bounded view of a lane into their hands: a backlog that is no larger shows in what they give back as
+        they cannot begin it. And once there was more, hands that are still more than half as full are not empty.
+        """
+        held = sum(look.held)
+        if any(look.waiting):
+            self._held_full = held
+            return True
+        if look.given_back >= GIVEN_BACK_MIN and look.given_back > held / 2:
+            return True
+        return bool(self._samples) and self._held_full >= GIVEN_BACK_MIN and held > self._held_full / 2
 
     def _rest_at(self, sample: _Sample) -> None:
         """All that was accepted has come to its end: so many outcomes belong to so many runs."""
