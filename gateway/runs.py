@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import get_args
 
 import msgspec
 from aiohttp import web
 from msgspec import structs
+from multidict import CIMultiDict
 
 from functions.admission import guard_subject
+from gateway.auth import tenant_of
 from gateway.needs import Follow, Log, Reader
 from headrace.clock import parse_instant
 from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, RunRetracted, TooLarge, Unavailable
@@ -21,7 +24,7 @@ from headrace.names import check_name
 from headrace.wire import Cancel, Outcome, Payload, decode, encode
 from streams.blobs import Blobs
 from streams.log import AlreadyThere, Record
-from streams.record import InvocationRecord, RunRecord, apply, fact_of, fold_run, view
+from streams.record import Answered, InvocationRecord, RunRecord, answer_url, apply, fact_of, fold_run, view
 from streams.stored import Stored
 from streams.topology import cancel_subject, done_subject, replay_subject, run_subjects
 
@@ -41,7 +44,10 @@ Folded = tuple[RunRecord, list[InvocationRecord]]
 
 
 class RunBook:
-    """Finds runs. What this gateway has promised is found at once, however far the read model is behind."""
+    """Finds runs of one tenant, to whom those of others are not there.
+
+    What this gateway has promised is found at once, however far the read model is behind.
+    """
 
     def __init__(self, *, log: Log, follow: Follow, reader: Reader, tenant: str) -> None:
         self._log = log
@@ -126,15 +132,16 @@ class RunBook:
             await asyncio.sleep(_LOOK_AGAIN_S)
         return False
 
-    async def answer(self, record: RunRecord) -> Payload | None:
-        """Return the answer of a run, or None while there is none."""
-        if record.answer_id is None:
+    async def answer(self, record: RunRecord, one: Answered | None = None) -> Payload | None:
+        """Return the answer of a run, or None while there is none; ``one``: this one of several."""
+        identity, explicit = (record.answer_id, record.explicit) if one is None else (one.invocation_id, one.explicit)
+        if identity is None:
             return None
-        stored = await self._log.last(done_subject(record.run_id, record.answer_id))
+        stored = await self._log.last(done_subject(record.run_id, identity))
         if stored is None:
             raise Unavailable(f"the log does not hold the answer of {record.run_id} (yet)", hint="Try again.")
         outcome = decode(stored.body, Outcome)
-        return outcome.answer if record.explicit else outcome.result
+        return outcome.answer if explicit else outcome.result
 
     async def _fold(self, run_id: str, *, enough: bool) -> Folded | None:
         """Fold a run from the log; None if there is none, or if it is too much and what is known is ``enough``.
@@ -165,13 +172,31 @@ class RunBook:
         return facts
 
 
+class RunBooks:
+    """Gives each tenant his own ``RunBook``."""
+
+    def __init__(self, *, log: Log, follow: Follow, reader: Reader) -> None:
+        self._log = log
+        self._follow = follow
+        self._reader = reader
+        self._books: dict[str, RunBook] = {}
+
+    def of(self, tenant: str) -> RunBook:
+        """Return what finds the runs of this tenant."""
+        book = self._books.get(tenant)
+        if book is None:
+            book = RunBook(log=self._log, follow=self._follow, reader=self._reader, tenant=tenant)
+            self._books[tenant] = book
+        return book
+
+
 class Runs:
     """The endpoints under ``/v1/runs``."""
 
     def __init__(
-        self, *, book: RunBook, log: Log, reader: Reader, blobs: Blobs, clock: Callable[[], float] = time.time
+        self, *, books: RunBooks, log: Log, reader: Reader, blobs: Blobs, clock: Callable[[], float] = time.time
     ) -> None:
-        self._book = book
+        self._books = books
         self._log = log
         self._reader = reader
         self._blobs = blobs
@@ -179,7 +204,7 @@ class Runs:
 
     async def one(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/runs/{run_id}``."""
-        return as_json(await self._book.read(request.match_info["run_id"]))
+        return as_json(await self._books.of(tenant_of(request)).read(request.match_info["run_id"]))
 
     async def page(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/runs``."""
@@ -191,8 +216,10 @@ class Runs:
             )
         route = query.get("route")
         since = query.get("since")
-        behind = await self._book.behind()
+        tenant = tenant_of(request)
+        behind = await self._books.of(tenant).behind()
         found = await self._reader.page(
+            tenant,
             state=state,
             route=None if route is None else check_name(route, "route name"),
             since=None if since is None else parse_instant(since, "since"),
@@ -204,9 +231,11 @@ class Runs:
     async def result(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET /v1/runs/{run_id}/result``: the answer, 202 while there is none, 410 if none will come.
 
-        A retracted answer is 410 too; a superseded one comes with a ``Link`` to the run that took its place.
+        A retracted answer is 410 too; a superseded one comes with a ``Link`` to the run that took its place. Of several
+        answers it is the best one, or with ``level`` the one of that fidelity; links lead from each to the others.
         """
-        record = await self._book.record(request.match_info["run_id"])
+        book = self._books.of(tenant_of(request))
+        record = await book.record(request.match_info["run_id"])
         if record.retracted_by is not None:
             raise RunRetracted(
                 f"the run {record.run_id} was retracted by the run {record.retracted_by}",
@@ -214,13 +243,18 @@ class Runs:
                 kind="retracted",
                 run_id=record.run_id,
             )
-        answer = await self._book.answer(record)
+        one = answer_of_level(record, request.query.get("level"))
+        answer = await book.answer(record, one)
         if answer is not None:
-            headers = {**RESULT_HEADERS, "Content-Type": answer.type}
+            headers = CIMultiDict({**RESULT_HEADERS, "Content-Type": answer.type})
             if record.superseded_by is not None:
-                headers["Link"] = f'</v1/runs/{record.superseded_by}>; rel="successor-version"'
+                headers.add("Link", f'</v1/runs/{record.superseded_by}>; rel="successor-version"')
+            headers.extend(fidelity_headers(record, one))
             if answer.blob is not None:
-                return web.FileResponse(await self._blobs.path(answer.blob), headers=headers)
+                place = await self._blobs.where(answer.blob)
+                if isinstance(place, Path):
+                    return web.FileResponse(place, headers=headers)
+                return web.Response(body=await self._blobs.get(answer.blob), headers=headers)
             return web.Response(body=answer.body, headers=headers)
         if record.state in ("failed", "canceled"):
             kind = RunCanceled if record.state == "canceled" else RunFailed
@@ -233,7 +267,7 @@ class Runs:
     async def cancel(self, request: web.Request) -> web.Response:
         """Answer ``POST /v1/runs/{run_id}/cancel``. Twice is one wish; to cancel what has ended is a conflict."""
         run_id = request.match_info["run_id"]
-        record = await self._book.record(run_id)
+        record = await self._books.of(tenant_of(request)).record(run_id)
         if record.ended and record.state != "canceled":
             raise Conflict(f"the run {run_id} has {record.state} already", hint=f"headrace run {run_id}")
         if not record.ended:
@@ -257,6 +291,43 @@ def _ended(state: RunState) -> str:
 
 def _reason(request: web.Request) -> str:
     return request.query.get("reason", "")[:REASON_CHARS_MAX]
+
+
+def answer_of_level(record: RunRecord, text: str | None) -> Answered | None:
+    """Return the answer of a run that has this fidelity, or None where none is asked for.
+
+    Raises:
+        NotFound: there is none of this level.
+    """
+    if text is None:
+        return None
+    for one in record.answers:
+        if str(one.fidelity.level) == text:
+            return one
+    known = ", ".join(str(one.fidelity.level) for one in record.answers) or "none yet"
+    raise NotFound(
+        f"the run {record.run_id} has no answer of the level {ascii(text)[:20]}",
+        hint=f"Levels of its answers: {known}. Without a level the best answer is given.",
+    )
+
+
+def fidelity_headers(record: RunRecord, one: Answered | None) -> CIMultiDict[str]:
+    """Return what is said of one of several answers (None: the best) beside it: its worth, and where the others are."""
+    headers: CIMultiDict[str] = CIMultiDict()
+    if not record.answers:
+        return headers
+    place = record.answers.index(one) if one is not None else len(record.answers) - 1
+    worth = record.answers[place].fidelity
+    headers["Headrace-Fidelity"] = f"{worth.level}; function={worth.function}; of={worth.of}"
+    if place > 0:
+        headers.add("Link", f'<{answer_url(record.run_id, record.answers[place - 1])}>; rel="predecessor-version"')
+    if place + 1 < len(record.answers):
+        headers.add("Link", f'<{answer_url(record.run_id, record.answers[place + 1])}>; rel="successor-version"')
+    if one is not None:
+        headers.add("Link", f'</v1/runs/{record.run_id}/result>; rel="latest-version"')
+    if record.improving:  # a better one is being computed: here it is told
+        headers.add("Link", f'</v1/runs/{record.run_id}/events>; rel="monitor"')
+    return headers
 
 
 def limit_of(text: str | None) -> int:

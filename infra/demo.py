@@ -63,6 +63,9 @@ async def demo(url: str, token: str, *, console: Console | None = None) -> bool:
         results = await asyncio.gather(*(outcome(trigger, run) for trigger, run in sent))
         took_s = time.perf_counter() - began
     print_table(console, results)
+    for result in results:
+        if len(result.view.answers) > 1:
+            console.print(improvement(result.trigger, result.view))
     console.print(f"The event that was sent twice {repeated or 'ran once'}.")
     for result in results:
         if result.fault:
@@ -93,6 +96,7 @@ async def send(client: AsyncClient, chosen: Sequence[Trigger]) -> tuple[list[tup
                 type=trigger.type,
                 time=format_instant(time.time()),
                 data=trigger.data,
+                extensions={} if trigger.deadline is None else {"deadline": trigger.deadline},
             )
             events.append((trigger, event))
     runs = await client.publish([event for _, event in events])
@@ -114,8 +118,12 @@ async def outcome(trigger: Trigger, run: AsyncRun) -> Result:
     try:
         async with asyncio.timeout(ANSWER_WAIT_S):
             answer = await run.result()
-            fault = trigger.wrong(answer)
             view = await run.ended()
+            if view.answers:
+                found = [(await run.result_at(one.fidelity.level), one.fidelity.level) for one in view.answers]
+                fault = next((wrong for each, level in found if (wrong := trigger.wrong(each, level))), "")
+            else:
+                fault = trigger.wrong(answer)
     except TimeoutError:
         view = await run.view()
         fault = f"it has not ended after {ANSWER_WAIT_S:.0f} s"
@@ -137,6 +145,7 @@ def print_table(console: Console, results: Sequence[Result]) -> None:
     table.add_column("time to solution", justify="right")
     table.add_column("deadline", justify="right")
     table.add_column("met", justify="center")
+    table.add_column("fidelity", no_wrap=True)
     table.add_column("answer", justify="center")
     for result in results:
         view = result.view
@@ -149,9 +158,16 @@ def print_table(console: Console, results: Sequence[Result]) -> None:
             "-" if solution is None else f"{solution:.3f} s",
             allowed(view),
             Text("yes", style="green") if view.deadline_met else Text("no", style="red"),
+            fidelity(view),
             Text("wrong", style="red") if result.fault else Text("right", style="green"),
         )
     console.print(table)
+
+
+def fidelity(view: RunView) -> str:
+    """Return how good the answer was that came first, and what took its place; empty where there are no variants."""
+    levels = ["full" if one.fidelity.level == 0 else str(one.fidelity.level) for one in view.answers]
+    return ", ".join(levels) if levels in ([], ["full"]) else f"level {', '.join(levels)}"
 
 
 def spent(ledger: TimeLedger) -> str:
@@ -166,6 +182,16 @@ def spent(ledger: TimeLedger) -> str:
         "commit": ledger.commit_s,
     }
     return ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in parts.items() if seconds >= 0.0005) or "-"
+
+
+def improvement(trigger: Trigger, view: RunView) -> str:
+    """Return in one sentence when which answer of a run was there."""
+    began = datetime.fromisoformat(view.accepted_at)
+    told = [
+        f"{one.fidelity.function} after {(datetime.fromisoformat(one.answered_at) - began).total_seconds():.1f} s"
+        for one in view.answers
+    ]
+    return f"{trigger.title} ({allowed(view)}): {told[0]}, superseded by {' and '.join(told[1:])}."
 
 
 def allowed(view: RunView) -> str:

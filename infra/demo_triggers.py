@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ FUNCTION_FILES = tuple(
     for name in ("fusion", "crystallography", "indexing", "molecular_dynamics", "alerts", "pointing")
 )
 SHOTS = (900001, 900002)
+RESAMPLES = 3000  # some seconds for 128 points, and some tenths for 32
+HURRY = "8s"  # no time for all of them
 LATTICE_AXIS_ANGSTROM = 57.98  # of the cell that run0001 was made with; two of its axes are this long
 _TYPE = "org.headrace.example"
 
@@ -47,7 +49,8 @@ class Trigger:
     """One trigger: what is sent, the route that must take it, and what must stand in the answer.
 
     ``by_name`` sends the body to the route's own address, as an instrument does that knows nothing of CloudEvents.
-    ``expected`` maps the path of a part ("eigenmode.peaks.*.f_khz") to its value.
+    ``expected`` maps the path of a part ("eigenmode.peaks.*.f_khz") to its value; ``lesser`` does so for the answers of
+    variants, by level, where they are coarser. ``deadline`` is the event's own.
     """
 
     title: str
@@ -57,10 +60,17 @@ class Trigger:
     expected: Mapping[str, object]
     content_type: str | None = None
     by_name: bool = False
+    deadline: str | None = None
+    lesser: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
 
-    def wrong(self, answer: object) -> str:
-        """Return the first part of the answer that is not as it is known to be; empty where all are."""
-        for path, wanted in self.expected.items():
+    def wrong(self, answer: object, level: int = 0) -> str:
+        """Return the first part of the answer that is not as it is known to be; empty where all are.
+
+        Args:
+            answer: what came.
+            level: of the variant that it is from.
+        """
+        for path, wanted in self.lesser.get(level, self.expected).items():
             found = part(answer, path)
             if not (wanted.meets(found) if isinstance(wanted, Near) else found == wanted):
                 shown = wanted.value if isinstance(wanted, Near) else wanted
@@ -95,6 +105,7 @@ def triggers(uris: Mapping[str, str]) -> list[Trigger]:
     """Return all triggers; ``uris`` says where each of the ``inputs`` was uploaded to."""
     return [
         *(_shot(number, uris[f"shot_{number}"]) for number in SHOTS),
+        _hurried(SHOTS[0], uris[f"shot_{SHOTS[0]}"]),
         _run_stop(uris["run0001"]),
         *(_energy(cutoff, uris["configuration"]) for cutoff in (3, 4)),
         _dynamics(),
@@ -130,6 +141,30 @@ def _shot(number: int, uri: str) -> Trigger:
         type=f"{_TYPE}.shot.done",
         data={"shot": number, "uri": uri} | {axis: known[axis] for axis in axes},
         expected=expected,
+    )
+
+
+def _hurried(number: int, uri: str) -> Trigger:
+    """Return a shot with too little time for the full analysis: a variant answers, and the full one follows."""
+    plain, known = _shot(number, uri), _known(f"fusion/shot_{number}.json")
+    eigenmode, frequencies_khz = known["eigenmode"], [window["eigenmode_khz"] for window in known["windows"]]
+    lesser = {
+        level: {
+            **plain.expected,
+            "eigenmode.points": points,  # half the points make a bin of the wavenumber twice as wide
+            "eigenmode.k_per_m": Near(eigenmode["k_per_m"], 0.5 / (points * known["channel_spacing_m"]) + 1e-6),
+            "eigenmode.chirp_khz_per_window": Near(eigenmode["chirp_hz_per_window"] / 1e3, chirp_khz),
+            "eigenmode.peaks.*.f_khz": Near(frequencies_khz, khz),
+        }
+        for level, points, khz, chirp_khz in ((1, 64, 0.2, 0.05), (2, 32, 1.2, 0.2))
+    }
+    return replace(
+        plain,
+        title=f"tokamak shot {number} in a hurry",
+        data=plain.data | {"resamples": RESAMPLES},
+        expected={**plain.expected, "eigenmode.points": 128},
+        deadline=HURRY,
+        lesser=lesser,
     )
 
 

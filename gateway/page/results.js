@@ -38,6 +38,12 @@ export function spare(run) {
   return run.met === false || s < 0 ? `${took(-s)} late` : `${took(s)} to spare`;
 }
 
+/** @param {Run} run how good its answer is, where it is not the full one */
+export function worth(run) {
+  if (!run.fidelity || run.fidelity.level === 0) return "";
+  return `level ${run.fidelity.level} of ${run.fidelity.of - 1} by ${run.fidelity.function}`;
+}
+
 /** @param {Run} run why it failed, in one line */
 export const failure = (run) => (run.error ? `${run.error.kind}: ${run.error.message.split("\n")[0].slice(0, 200)}` : "");
 
@@ -77,7 +83,7 @@ function fillEnded(row, run, word) {
   say(shape, word);
   say(route, run.route);
   say(time, took(lifetime(run)));
-  say(spared, run.state === "succeeded" ? spare(run) : failure(run));
+  say(spared, run.state === "succeeded" ? [spare(run), worth(run)].filter(Boolean).join(", ") : failure(run));
   say(end, run.endedAt === null ? "" : clock(run.endedAt));
   if (run.spent && !ledger.firstChild) ledger.append(stack(run.spent, mostly(run)));
 }
@@ -120,13 +126,15 @@ async function showAnswer(body, run) {
   }
   const facts = make("p", "facts");
   facts.append("Run ", make("code", "", run.id), run.function ? ` of function ${run.function}` : "");
+  if (worth(run)) facts.append(`, answered at ${worth(run)}`, run.error ? ` because the full one failed: ${failure(run)}` : "");
   const answer = make("pre", "answer", "Fetching the answer");
   answer.tabIndex = 0;
   answer.setAttribute("role", "region");
-  answer.setAttribute("aria-label", run.error ? "Error" : "Answer");
+  const failed = run.error && run.state !== "succeeded";
+  answer.setAttribute("aria-label", failed ? "Error" : "Answer");
   const note = make("p", "facts");
   body.replaceChildren(facts, ...(times.childElementCount ? [times] : []), answer, note);
-  if (run.error) return say(answer, `${run.error.kind}: ${run.error.message}`);
+  if (failed) return say(answer, `${run.error?.kind}: ${run.error?.message}`);
   try {
     await fetchAnswer(run, answer, note);
   } catch (error) {

@@ -10,6 +10,7 @@ import { instant } from "./time.js";
 /** @typedef {"on time" | "at risk" | "late" | "no deadline" | "done" | "failed" | "canceled"} Word */
 /** @typedef {{kind: string, message: string}} Failure */
 /** @typedef {{function: string, state: string, attempts: number}} Step */
+/** @typedef {{level: number, function: string, of: number}} Fidelity */
 /**
  * @typedef {object} Run
  * @property {string} id
@@ -24,6 +25,7 @@ import { instant } from "./time.js";
  * @property {number | null} took seconds from acceptance to the answer
  * @property {Record<string, number> | null} spent the time ledger
  * @property {Failure | null} error
+ * @property {Fidelity | null} fidelity of the answer, where its function has variants
  * @property {string} verdict of the quote
  * @property {number | null} usual the quote's p90, in seconds
  * @property {Map<string, Step>} steps invocations that have not ended
@@ -220,6 +222,7 @@ function blank(id, at) {
     took: null,
     spent: null,
     error: null,
+    fidelity: null,
     verdict: "",
     usual: null,
     steps: new Map(),
@@ -247,12 +250,14 @@ function merge(run, data) {
   run.met = data.deadline_met ?? run.met;
   run.took = data.time_to_solution_s ?? run.took;
   run.spent = data.time_ledger ?? run.spent;
+  run.fidelity = data.fidelity ?? run.fidelity;
   run.verdict = data.quote?.verdict ?? run.verdict;
   run.usual = data.quote?.p90_s ?? run.usual;
   if (data.error) {
     const { kind, message } = data.error;
     run.error = { kind: String(kind), message: String(message).slice(0, MESSAGE_CHARS_MAX) };
   }
+  if (data.state === "succeeded" && !data.error) run.error = null; // what failed on the way was made good
   if (data.retracted_by) run.error = { kind: "retracted", message: `by the run ${data.retracted_by}` };
   if (data.invocations) takeSteps(run, data);
   else run.stepsTotal = Math.max(run.stepsTotal, data.invocations_total ?? 0);

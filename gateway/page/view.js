@@ -2,7 +2,7 @@
 /** Draws the headline, what is in flight, the last minute and what is registered. */
 
 import { byId, make, say, sync } from "./dom.js";
-import { began, ended, failure, lifetime, mostly, spare } from "./results.js";
+import { began, ended, failure, lifetime, mostly, spare, worth } from "./results.js";
 import { given, left, took } from "./time.js";
 
 /** @typedef {import("./runs.js").Run} Run */
@@ -50,7 +50,7 @@ function promise(run, at) {
 /** @param {Run} run @returns {[string, string, string]} */
 function outcome(run) {
   if (run.state !== "succeeded") return [`: ${run.state} after `, took(lifetime(run)), ""];
-  return [": answered in ", took(lifetime(run)), spare(run) && `, ${spare(run)}`];
+  return [": answered in ", took(lifetime(run)), [spare(run), worth(run)].map((said) => said && `, ${said}`).join("")];
 }
 
 /** @param {Runs} runs @param {number} at how the other open runs are */
@@ -68,7 +68,8 @@ function where(run) {
   const steps = [...run.steps.values()];
   const step = steps.find((one) => one.state === "running") ?? steps[0];
   const parts = [];
-  if (run.answeredAt !== null) parts.push("answered, follow-ups go on");
+  if (worth(run)) parts.push(`answered at ${worth(run)}, a better answer is on its way`);
+  else if (run.answeredAt !== null) parts.push("answered, follow-ups go on");
   if (step) parts.push(`${step.function} ${doing(step)}`);
   else if (run.answeredAt === null) parts.push(`${run.function} ${run.state === "accepted" ? "waits for a worker" : run.state}`);
   if (run.stepsTotal > 1) parts.push(`${run.stepsEnded} of ${run.stepsTotal} done`);
@@ -116,7 +117,8 @@ function tickRow(row, run, runs, at) {
   row.dataset.word = runs.word(run, at);
   say(word, row.dataset.word);
   const usual = runs.usual(run.route);
-  say(place, where(run) + (usual ? `; usually ${took(usual.p50)}` : ""));
+  const hopeless = run.verdict === "infeasible" ? "; not expected in time" : "";
+  say(place, where(run) + (usual ? `; usually ${took(usual.p50)}` : "") + hopeless);
   const whole = run.deadline === null ? 0 : run.deadline - began(run);
   const rest = run.deadline === null ? 0 : run.deadline - at;
   if (run.deadline === null) say(due, `${left((at - began(run)) / 1000)} so far`);
