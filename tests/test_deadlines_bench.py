@@ -6,12 +6,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from functions.forecast import Kind
+from functions.forecast import Forecasts, Kind
+from functions.policies import POLICIES, policy
+from functions.simulate import End, simulate
 from infra.bench import sketches
 from infra.bench.deadlines import calibration, dags, makespans, oracle, report, traces
 from infra.bench.deadlines.dags import Dag, Task
-from infra.bench.deadlines.policies import policies
-from infra.bench.deadlines.simulator import met, simulate
 from infra.bench.deadlines.traces import Job, Trace
 
 
@@ -26,30 +26,32 @@ def tiny(seed: int = 1, count: int = 150) -> Trace:
     return Trace("tiny", "made here", jobs)
 
 
-def test_one_slot_runs_one_after_another() -> None:
+def test_a_deadline_is_met_by_what_ran_to_its_end_in_time() -> None:
     jobs = [Job(0.0, 5.0, Kind("f"), "a", 10.0), Job(1.0, 1.0, Kind("f"), "a", 3.0), Job(1.5, 1.0, Kind("f"), "a", 9.0)]
-    assert simulate(jobs, 1, policies(1)["FIFO"]) == [5.0, 6.0, 7.0]
-    assert met(jobs, [5.0, 6.0, 7.0]) == [True, False, True]
+    ends = simulate(traces.pieces(jobs, on_late="continue"), 1, policy("fifo", 1))
+    assert [end.at for end in ends] == [5.0, 6.0, 7.0]
+    assert report.met(jobs, ends) == [True, False, True]
+    assert report.met(jobs, [End("done", 10.0), End("late", 3.0), End("given_up", 2.0)]) == [True, False, False]
 
 
-@pytest.mark.parametrize("name", ["FIFO", "priority", "EDF", "Headrace"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_order_runs_every_job_once_and_not_before_it_came(name: str) -> None:
     jobs = traces.with_deadlines(tiny(), slots=3, load=1.5).jobs
-    ends = simulate(jobs, 3, policies(3)[name])
-    assert all(end >= job.arrived + job.seconds - 1e-9 for job, end in zip(jobs, ends, strict=True))
-    assert max(ends) >= sum(job.seconds for job in jobs) / 3
+    ends = simulate(traces.pieces(jobs, on_late="continue"), 3, policy(name, 3))
+    assert {end.ending for end in ends} == {"done"}
+    assert all(end.at >= job.arrived + job.seconds - 1e-9 for job, end in zip(jobs, ends, strict=True))
+    assert max(end.at for end in ends) >= sum(job.seconds for job in jobs) / 3
 
 
 @pytest.mark.parametrize("load", [0.5, 1.2, 2.0])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_oracle_is_never_below_an_order_and_the_bound_never_below_the_oracle(load: float, seed: int) -> None:
-    trace = tiny(seed)
-    scores = report.row(trace, load, slots=3).scores
-    top, bound = scores[report.ORACLE], scores[report.BOUND]
-    assert all(score.plain <= top.plain + 1e-9 or name == report.BOUND for name, score in scores.items())
-    assert all(score.weighted <= top.weighted + 1e-9 or name == report.BOUND for name, score in scores.items())
-    assert top.plain <= bound.plain
-    assert top.weighted <= bound.weighted
+    for row in report.both(tiny(seed), load, slots=3):
+        top, bound = row.scores[report.ORACLE], row.scores[report.BOUND]
+        assert all(score.plain <= top.plain + 1e-9 or name == report.BOUND for name, score in row.scores.items())
+        assert all(score.weighted <= top.weighted + 1e-9 or name == report.BOUND for name, score in row.scores.items())
+        assert top.plain <= bound.plain
+        assert top.weighted <= bound.weighted
 
 
 def test_the_bound_holds_by_itself_for_what_the_greedy_placed() -> None:
@@ -71,8 +73,8 @@ def test_the_greedy_meets_what_fits_and_the_bound_knows_what_does_not() -> None:
 
 
 def test_headrace_is_above_the_others_under_overload() -> None:
-    scores = report.row(tiny(count=600), 2.0, slots=3).scores
-    assert scores["Headrace"].plain > max(scores[name].plain for name in ("FIFO", "priority", "EDF"))
+    for row in report.both(tiny(count=600), 2.0, slots=3):
+        assert row.scores["Headrace"].plain > max(row.scores[name].plain for name in ("FIFO", "priority", "EDF"))
 
 
 def test_the_same_input_gives_the_same_report_byte_for_byte() -> None:
@@ -125,8 +127,8 @@ def test_the_longest_path_first_shortens_a_workflow() -> None:
     # Two short leaves come first in the file, a chain of three last: whoever starts with the leaves ends later.
     tasks = (*(Task("leaf", 2.0, 0, ()) for _ in range(2)), Task("chain", 2.0, 1, ()), Task("chain", 2.0, 1, (2,)))
     dag = Dag("fork", tasks)
-    assert makespans.fifo([dag], [0.0], 2) == [6.0]
-    assert makespans.headrace([dag], [0.0], 2, makespans.learned([dag])) == [4.0]
+    assert makespans.makespans("fifo", [dag], [0.0], 2, Forecasts()) == [6.0]
+    assert makespans.makespans("headrace", [dag], [0.0], 2, makespans.learned([dag])) == [4.0]
     assert makespans.least(dag, 2) == 4.0
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
-
 from msgspec import Struct
 
 from functions.forecast import Forecasts, Kind
-from functions.order import Order, Work
+from functions.order import Work
+from functions.policies import policy
+from functions.simulate import Piece, simulate
 from infra.bench.deadlines.dags import Dag, Task
 
 SLOTS = (4, 8, 16)
 SPACING = 0.1  # of the time all need together: how far apart workflows come when they share the slots
-
-# Names a ready task: workflow, task.
-Ready = tuple[int, int]
-Pick = Callable[[float], Ready | None]
 
 
 class Gain(Struct, frozen=True):
@@ -32,54 +27,6 @@ def kind(dag: Dag, task: Task) -> Kind:
     return Kind(f"{dag.name}.{task.category}", "1", "", task.size)
 
 
-def _run(
-    dags: list[Dag], starts: list[float], slots: int, add: Callable[[Ready, float], None], take: Pick
-) -> list[float]:
-    """Simulate, and return the makespan of each workflow in seconds."""
-    waits = [[len(set(task.parents)) for task in dag.tasks] for dag in dags]
-    children: list[list[list[int]]] = [[[] for _ in dag.tasks] for dag in dags]
-    for at, dag in enumerate(dags):
-        for place, task in enumerate(dag.tasks):
-            for parent in set(task.parents):
-                children[at][parent].append(place)
-    events: list[tuple[float, int, int, int]] = [(start, 0, at, -1) for at, start in enumerate(starts)]
-    heapq.heapify(events)
-    ended = list(starts)
-    busy = 0
-    while events:
-        now = events[0][0]
-        while events and events[0][0] <= now:
-            _, _, at, place = heapq.heappop(events)
-            if place < 0:
-                ready = [index for index, count in enumerate(waits[at]) if count == 0]
-            else:
-                busy -= 1
-                ended[at] = now
-                ready = []
-                for child in children[at][place]:
-                    waits[at][child] -= 1
-                    if waits[at][child] == 0:
-                        ready.append(child)
-            for index in ready:
-                add((at, index), now)
-        while busy < slots and (chosen := take(now)) is not None:
-            at, place = chosen
-            busy += 1
-            heapq.heappush(events, (now + dags[at].tasks[place].seconds, 1, at, place))
-    return [end - start for end, start in zip(ended, starts, strict=True)]
-
-
-def fifo(dags: list[Dag], starts: list[float], slots: int) -> list[float]:
-    """Return the makespans, in seconds, of tasks started in the order in which they became ready."""
-    queue: list[tuple[float, int, Ready]] = []
-    count = iter(range(1 << 62))
-
-    def add(ready: Ready, now: float) -> None:
-        heapq.heappush(queue, (now, next(count), ready))
-
-    return _run(dags, starts, slots, add, lambda now: heapq.heappop(queue)[2] if queue else None)
-
-
 def learned(dags: list[Dag]) -> Forecasts:
     """Return what one earlier run of each workflow teaches, task after task."""
     forecasts = Forecasts()
@@ -91,42 +38,37 @@ def learned(dags: list[Dag]) -> Forecasts:
     return forecasts
 
 
-def headrace(dags: list[Dag], starts: list[float], slots: int, forecasts: Forecasts) -> list[float]:
-    """Return the makespans, in seconds, in the order of ``functions.order`` with paths of learned durations."""
-    order = Order(slots=slots)
-    expected: list[list[float]] = []
-    paths: list[list[float]] = []
-    for dag in dags:
+def _pieces(dags: list[Dag], starts: list[float], forecasts: Forecasts) -> list[Piece]:
+    """Return the tasks of all workflows, each with the longest path from it to the end, as it is expected to be."""
+    found: list[Piece] = []
+    for at, (dag, start) in enumerate(zip(dags, starts, strict=True)):
         means = [known.mean_s if (known := forecasts.of(kind(dag, task))) is not None else 0.0 for task in dag.tasks]
         path = list(means)
         for place in reversed(range(len(dag.tasks))):
             for parent in dag.tasks[place].parents:
                 path[parent] = max(path[parent], means[parent] + path[place])
-        expected.append(means)
-        paths.append(path)
-    total = [sum(means) for means in expected]
+        first = len(found)
+        for place, task in enumerate(dag.tasks):
+            work = Work(
+                id=f"{at} {place}",
+                tenant="all",
+                arrived=start,
+                p50_s=means[place],
+                run_at=start,
+                run_s=sum(means),
+                path_s=path[place],
+            )
+            found.append(Piece(work, task.seconds, None, tuple(first + parent for parent in task.parents)))
+    return found
 
-    def add(ready: Ready, now: float) -> None:
-        at, place = ready
-        work = Work(
-            id=f"{at} {place}",
-            tenant="all",
-            arrived=now,
-            p50_s=expected[at][place],
-            run_at=starts[at],
-            run_s=total[at],
-            path_s=paths[at][place],
-        )
-        order.add(work, now)
 
-    def take(now: float) -> Ready | None:
-        work = order.take(now).start
-        if work is None:
-            return None
-        at, _, place = work.id.partition(" ")
-        return int(at), int(place)
-
-    return _run(dags, starts, slots, add, take)
+def makespans(name: str, dags: list[Dag], starts: list[float], slots: int, forecasts: Forecasts) -> list[float]:
+    """Return the makespan of each workflow, in seconds, under the policy of this name."""
+    ends = iter(simulate(_pieces(dags, starts, forecasts), slots, policy(name, slots)))
+    return [
+        max(next(ends).at for _ in dag.tasks) - start if dag.tasks else 0.0
+        for dag, start in zip(dags, starts, strict=True)
+    ]
 
 
 def least(dag: Dag, slots: int) -> float:
@@ -148,12 +90,14 @@ def gains(dags: list[Dag]) -> dict[str, Gain]:
     found: dict[str, Gain] = {}
     for slots in SLOTS:
         alone = [([dag], [0.0]) for dag in dags]
-        before = [fifo(one, start, slots)[0] for one, start in alone]
-        after = [headrace(one, start, slots, forecasts)[0] for one, start in alone]
+        before, after = (
+            [makespans(name, one, start, slots, forecasts)[0] for one, start in alone] for name in ("fifo", "headrace")
+        )
         found[f"each alone, {slots} slots"] = _gain(before, after)
         found[f"each alone, {slots} slots: no order gains more"] = _gain(before, [least(dag, slots) for dag in dags])
         span = sum(task.seconds for dag in dags for task in dag.tasks) / slots
-        for name, spacing in (("all at once", 0.0), ("one after another", SPACING)):
+        for what, spacing in (("all at once", 0.0), ("one after another", SPACING)):
             starts = [place * spacing * span for place in range(len(dags))]
-            found[f"{name}, {slots} slots"] = _gain(fifo(dags, starts, slots), headrace(dags, starts, slots, forecasts))
+            before, after = (makespans(name, dags, starts, slots, forecasts) for name in ("fifo", "headrace"))
+            found[f"{what}, {slots} slots"] = _gain(before, after)
     return found

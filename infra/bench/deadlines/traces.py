@@ -11,6 +11,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from functions.forecast import Kind, size_class
+from functions.order import Work
+from functions.simulate import Piece
+from headrace.model import OnLate
 from infra.bench.deadlines.dags import Dag
 
 DATA = Path(__file__).parent / "data"
@@ -61,10 +64,10 @@ def inference() -> Trace:
 def pods() -> Trace:
     """Return GPU jobs of a shared cluster; what it was given is all that is known of a job."""
     jobs = []
-    for row in _rows("alibaba_pods.csv"):
+    for place, row in enumerate(_rows("alibaba_pods.csv")):
         function = f"pod-{row['cpu_milli']}-{row['memory_mib']}"
         kind = Kind(function, "1", row["num_gpu"], int(row["gpu_milli"]))
-        jobs.append(Job(float(row["created_s"]), float(row["run_s"]), kind, row["qos"]))
+        jobs.append(Job(float(row["created_s"]), float(row["run_s"]), kind, TENANTS[place % len(TENANTS)]))
     return Trace("gpu-jobs", "Alibaba GPU cluster 2023: arrivals and durations of GPU pods up to 4 h", jobs)
 
 
@@ -136,3 +139,24 @@ def with_deadlines(trace: Trace, *, slots: int, load: float) -> Trace:
         arrived = (job.arrived - first) * scale
         jobs.append(replace(job, arrived=arrived, deadline=arrived + stretch * usual[job.kind], value=value))
     return replace(trace, jobs=jobs)
+
+
+def pieces(jobs: list[Job], *, on_late: OnLate, told: bool = False) -> list[Piece]:
+    """Return the jobs for the simulation; if an order is to be told the true durations, they are the forecasts."""
+    return [
+        Piece(
+            Work(
+                id=str(place),
+                tenant=job.tenant,
+                arrived=job.arrived,
+                deadline=job.deadline,
+                p50_s=job.seconds if told else None,
+                p90_s=job.seconds if told else None,
+                value=job.value,
+                if_late=on_late,
+            ),
+            job.seconds,
+            None if told else job.kind,
+        )
+        for place, job in enumerate(jobs)
+    ]
