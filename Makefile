@@ -8,12 +8,15 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 LOCK_VENV := build/lock
 DEBIAN := redis-server chromium
+CEPH := ceph-mon ceph-mgr ceph-osd radosgw
+# Slurm's programs are slurmctld, slurmd and their clients; the package brings them all, and starts none of them.
+SLURM := slurm-wlm munge
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench chaos lock debian clean
+.PHONY: help demo test check bench bench-deadlines bench-live chaos lock debian clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.platform ## real triggers in, right answers out, on a platform of its own; STAY=1 leaves it up
 	@$(PY) -P -m infra demo $(if $(filter-out 0,$(STAY)),--stay)
@@ -34,6 +37,9 @@ chaos: $(VENV)/.platform debian ## faults injected from outside, all counted; AR
 
 bench-deadlines: $(VENV)/.platform ## deadlines met in simulated time, against other orders and an oracle
 	@$(PY) -P -m infra.bench.deadlines $(ARGS)
+
+bench-live: $(VENV)/.platform ## deadlines met on a real platform under twice its load, with lanes and without
+	@$(PY) -P -m infra.bench.live $(ARGS)
 
 # ---------------------------------------------------------------- installing
 
@@ -57,11 +63,13 @@ $(VENV)/.dev: requirements-dev.lock pyproject.toml | $(PY)
 debian:
 	@missing=""; for p in $(DEBIAN); do command -v $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	command -v mkfs.ext4 >/dev/null 2>&1 || missing="$$missing e2fsprogs"; \
+	for p in $(CEPH); do command -v $$p >/dev/null 2>&1 || { missing="$$missing $(CEPH) ceph-common"; break; }; done; \
+	PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null 2>&1 || missing="$$missing $(SLURM)"; \
 	test -z "$$missing" && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 		echo "Installing$$missing"; \
 		export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
-		{ apt-get -qq update && apt-get -qq install --yes --no-install-recommends $$missing; } >/dev/null \
+		{ apt-get -qq update && apt-get -qq install --yes --no-install-recommends -o DPkg::Lock::Timeout=300 $$missing; } >/dev/null \
 		|| echo "Could not install$$missing: tests that need them are skipped"; \
 	else echo "Not installed:$$missing. Tests that need them are skipped"; fi
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import msgspec
 from msgspec import Struct, structs
 
-from functions import routing
+from functions import routing, rungs, trail
 from functions.admission import admit
+from functions.forecast import size_class
+from functions.outlook import NOTHING_KNOWN, Outlook
 from functions.qos import deadline_of, lane
 from headrace.errors import TooLarge, UserError
 from headrace.model import ErrorInfo, InvocationState, RunState, TimeLedger
@@ -35,18 +36,17 @@ from headrace.wire import (
     RunEnd,
     Slot,
     Spread,
+    Step,
     encode,
 )
 from streams.log import UNIT_MESSAGES_MAX, Record
-from streams.threads import RETRACTS
+from streams.newest import claim
+from streams.tables import row_key
 from streams.topology import attempt_subject, cancel_subject, done_subject, fence_subject, work_subject
 
 DEPTH_MAX = 1000
-INVOCATIONS_MAX = 1_000_000
 BREADTH_MAX = 10**15  # more is as good as endless, and must still fit into the message
 MEMBERS_AT_ONCE_MAX = 256
-RUNS_TOLD_MAX = 100
-RETRACTED_TYPE = "org.headrace.retracted"
 EMPTY_LIST = Payload(body=b"[]", size=2)
 
 
@@ -54,7 +54,8 @@ class Attempted(Struct, frozen=True, kw_only=True):
     """One attempt: its times in epoch seconds, ``queued_at`` by the log's clock and the others by the worker's.
 
     ``fence`` is the sequence of the lease under which it runs, 0 for a first delivery: its outcome counts only while
-    no newer lease is in the log.
+    no newer lease is in the log. Of its time ``stage_in_s`` and ``stage_out_s`` went into moving data, in seconds;
+    ``failed_s`` is how long attempts before it ran that failed.
     """
 
     attempt: int
@@ -63,31 +64,62 @@ class Attempted(Struct, frozen=True, kw_only=True):
     started_at: float
     ended_at: float
     fence: int = 0
+    stage_in_s: float = 0.0
+    stage_out_s: float = 0.0
+    failed_s: float = 0.0
 
 
 class World(Struct, frozen=True, kw_only=True):
     """What an outcome is committed against: the functions and routes as registered at this moment, and the time.
 
-    ``depth_max`` is how long a chain may get.
+    ``depth_max`` is how long a chain may get, ``outlook`` what is expected of what follows.
     """
 
     function: Callable[[str], FunctionRecord | None]
     routes: Iterable[RouteRecord]
     now: float
     depth_max: int = DEPTH_MAX
+    outlook: Outlook = NOTHING_KNOWN
+
+    def due(
+        self,
+        tenant: str,
+        deadline: float | None,
+        function: str,
+        version: str,
+        size: int = 0,
+        not_before: float = 0.0,
+    ) -> float | None:
+        """Return by when this function should have ended with so many bytes of payload; None: whenever.
+
+        ``deadline`` is its run's; it starts now, or at ``not_before`` if that is later.
+        """
+        start = max(self.now, not_before)
+        return self.outlook.due(deadline, row_key(tenant, function), version, size_class(size), start)
 
 
 def spent(invocation: Invocation, tried: Attempted) -> TimeLedger:
-    """Return the time ledger up to the end of this attempt. Clocks of two machines may differ: no part is negative."""
+    """Return the time ledger up to the end of this attempt. Clocks of two machines may differ: no part is negative.
+
+    Attempts that failed have run too. What is left between the log and this attempt is waiting: for a worker, for the
+    next attempt, for the end of a delay.
+    """
     before = invocation.spent
     sent = max(0.0, tried.queued_at - invocation.sent_at)
     first = invocation.parent_id is None
+    waited = max(0.0, tried.started_at - tried.queued_at)
+    failed = min(waited, tried.failed_s)
+    took = max(0.0, tried.ended_at - tried.started_at)
+    moved_in = min(took, tried.stage_in_s)
+    moved_out = min(took - moved_in, tried.stage_out_s)
     return structs.replace(
         before,
         gateway_s=before.gateway_s + (sent if first else 0.0),
         commit_s=before.commit_s + (0.0 if first else sent),
-        lane_s=before.lane_s + max(0.0, tried.started_at - tried.queued_at),
-        run_s=before.run_s + max(0.0, tried.ended_at - tried.started_at),
+        lane_s=before.lane_s + waited - failed,
+        stage_in_s=before.stage_in_s + moved_in,
+        run_s=before.run_s + failed + took - moved_in - moved_out,
+        stage_out_s=before.stage_out_s + moved_out,
     )
 
 
@@ -101,31 +133,6 @@ def large_maps(effects: list[Effect]) -> dict[int, list[Payload]]:
 def started_by(effects: list[Effect]) -> int:
     """Return how many invocations these effects start in their own run, those of large maps included."""
     return sum(1 if isinstance(e, Call) else len(e.payloads) if isinstance(e, Map) else 0 for e in effects)
-
-
-def worth_counting(invocation: Invocation, starting: int, invocations_max: int) -> bool:
-    """Return whether a run may pass this many invocations when this one starts so many.
-
-    It is an estimate from the way that led here, as if all branches had branched alike, so that hardly any run ever
-    has to be counted: not one with a loop or a chain, nor one with a single large map.
-    """
-    branches = 1 if invocation.function == SPREADER else starting  # its breadth holds all members of its map already
-    return invocation.breadth * branches * (invocation.depth + 1) > invocations_max
-
-
-def check_count(count: int, starting: int, invocations_max: int) -> None:
-    """Refuse to go on with a run that has ``count`` invocations in the log.
-
-    Raises:
-        UserError: with so many more it would pass the limit.
-    """
-    if count + starting > invocations_max:
-        raise UserError(
-            f"the run has come to {count:,} invocations and would start {starting:,} more; "
-            f"the limit is {invocations_max:,}",
-            hint="Do functions that start each other come to an end? Else raise HEADRACE_RUN_INVOCATIONS_MAX.",
-            transient=False,
-        )
 
 
 def succeed(
@@ -154,12 +161,20 @@ def succeed(
         TooLarge: the effects do not fit in one unit.
     """
     plan = _Plan(invocation, tried, world, kept)
+    if rungs.rescues(invocation):
+        effects = rungs.only_an_answer(invocation, effects, answer)
+    if answer is None:  # what follows an answer teaches nothing of the way to it
+        plan.steps = trail.onward(invocation, tried.started_at, tried.ended_at, started_by(effects))
     plan.start_branches(effects)
     for position, effect in enumerate(effects):
         if isinstance(effect, Emit):
             plan.emit(effect, position)
     end = None
-    if plan.branches == 0 and invocation.slot is None:
+    if plan.branches == 0 and rungs.answers_early(invocation):
+        answer = answer or result
+        if not rungs.rescues(invocation):
+            plan.follow()
+    elif plan.branches == 0 and invocation.slot is None:
         end = _end(invocation, tried, plan.spent, "succeeded", None)
     outcome = _outcome(
         invocation, tried, "succeeded", result=result, answer=answer, children=plan.children, spent=plan.spent, end=end
@@ -173,53 +188,15 @@ def succeed(
     return outcome, plan.records
 
 
-def retract(invocation: Invocation, tried: Attempted, over: list[str], world: World) -> tuple[Outcome, list[Record]]:
-    """Return the outcome of an event that took others back, and the unit to append: an event tells everybody.
-
-    Args:
-        invocation: the first of the retraction's run.
-        tried: when and where.
-        over: the runs of what was taken back, as far as they are known. They are told in the event and not in the
-            answer, which is the same whenever the retraction came.
-        world: what is registered, and the time.
-    """
-    keys = [place.key for place in invocation.places if place.rank[0] == RETRACTS]
-    event = invocation.event
-    told = {
-        "retracted": keys,
-        "route": invocation.route,
-        "by": {
-            "run_id": invocation.run_id,
-            "id": "" if event is None else event.id,
-            "source": "" if event is None else event.source,
-            "type": "" if event is None else event.type,
-        },
-        "runs": over[:RUNS_TOLD_MAX],
-        "runs_total": len(over),
-    }
-    return succeed(
-        invocation,
-        tried,
-        result=_json({"retracted": keys}),
-        answer=None,
-        effects=[Emit(type=RETRACTED_TYPE, subject=keys[0] if len(keys) == 1 else None, payload=_json(told))],
-        kept={},
-        world=world,
-    )
-
-
-def _json(value: object) -> Payload:
-    body = msgspec.json.encode(value)
-    return Payload(body=body, size=len(body))
-
-
 def fail(
     invocation: Invocation, tried: Attempted, error: ErrorInfo, state: InvocationState = "dead"
 ) -> tuple[Outcome, list[Record]]:
     """Return the outcome of an invocation that is given up on, and the unit to append."""
     ledger = spent(invocation, tried)
     ending: RunState = "canceled" if state == "canceled" else "failed"
-    end = _end(invocation, tried, ledger, ending, error) if invocation.slot is None else None
+    # On a ladder another one may answer yet, or has answered: who ends the run then has to look.
+    ends = invocation.slot is None and invocation.rung is None
+    end = _end(invocation, tried, ledger, ending, error) if ends else None
     outcome = _outcome(invocation, tried, state, error=error, spent=ledger, end=end)
     return outcome, [_done(outcome, tried.fence)]
 
@@ -271,9 +248,12 @@ def unreadable(subject: str, worker: str, queued_at: float, now: float) -> tuple
     return outcome, [_done(outcome, 0)]
 
 
-def spread(invocation: Invocation, tried: Attempted, work: Spread, payloads: list[Payload], now: float) -> list[Record]:
+def spread(
+    invocation: Invocation, tried: Attempted, work: Spread, payloads: list[Payload], world: World
+) -> list[Record]:
     """Return the unit that starts one part of a large map: its members, then the outcome of the spreading itself."""
     ledger = spent(invocation, tried)
+    tenant, deadline = invocation.tenant, invocation.deadline
     records = [
         _work(
             _child(
@@ -287,8 +267,10 @@ def spread(invocation: Invocation, tried: Attempted, work: Spread, payloads: lis
                 slot=structs.replace(work.slot, index=index),
                 breadth=invocation.breadth,
                 parent_id=work.slot.opened_by,
+                due=world.due(tenant, deadline, work.function, work.version, payloads[index].size),
+                steps=invocation.trail,
             ),
-            now,
+            world.now,
         )
         for index in range(work.first, work.last)
     ]
@@ -306,6 +288,7 @@ class _Plan:
         self.kept = kept
         self.spent = spent(invocation, tried)
         self.records: list[Record] = []
+        self.steps: list[Step] = []
         self.branches = 0
         self.children = 0
         self.breadth = invocation.breadth
@@ -399,12 +382,15 @@ class _Plan:
                     payload=Payload(type=SPREAD, body=body, size=len(body)),
                     slot=None,
                     breadth=self.breadth,
+                    due=self._due(member),
+                    steps=self.steps,
                 )
             )
 
     def _start(
         self, identity: str, record: FunctionRecord, payload: Payload, slot: Slot | None, delay_s: float = 0.0
     ) -> None:
+        not_before = self.tried.ended_at + delay_s if delay_s > 0.0 else 0.0
         child = _child(
             self.invocation,
             self.tried,
@@ -415,14 +401,34 @@ class _Plan:
             payload=payload,
             slot=slot,
             breadth=self.breadth,
+            due=self._due(record, payload.size, not_before),
+            steps=self.steps,
+            not_before=not_before,
         )
-        if delay_s > 0.0:
-            child = structs.replace(child, not_before=self.tried.ended_at + delay_s)
         self._append(child)
 
     def _append(self, child: Invocation) -> None:
         self.children += 1
         self.records.append(_work(child, self.world.now))
+
+    def follow(self) -> None:
+        """Start the full function after a cheaper variant of it has answered."""
+        asked = self.invocation
+        assert asked.rung is not None  # noqa: S101 - only on a ladder is there one to follow
+        full = _child(
+            asked,
+            self.tried,
+            self.spent,
+            identity=rungs.full_id(asked.invocation_id),
+            function=asked.rung.full,
+            version=asked.rung.full_version,
+            payload=asked.payload,
+            slot=None,
+            breadth=asked.breadth,
+            due=None,  # nothing presses it any more
+            steps=[],
+        )
+        self._append(structs.replace(full, **rungs.of_full(asked)))
 
     def emit(self, effect: Emit, position: int) -> None:
         """Start a run on every route that takes the event; its id follows from this invocation."""
@@ -437,6 +443,7 @@ class _Plan:
             function = self.world.function(route.route.function)
             if function is None:  # its function was never registered: a route cannot be kept without one
                 continue
+            deadline = deadline_of(route.route, None, self.world.now)
             admitted = admit(
                 event=event,
                 payload=effect.payload,
@@ -445,13 +452,21 @@ class _Plan:
                 function=function,
                 tenant=self.invocation.tenant,
                 now=self.world.now,
-                deadline=deadline_of(route.route, None, self.world.now),
+                deadline=deadline,
+                due=self.world.due(
+                    self.invocation.tenant, deadline, function.name, function.version, effect.payload.size
+                ),
             )
             # The outcome's guard covers the unit, and a repeat finds the same id in the log. What a canceled run
             # starts in itself is never run; but a run of its own would be, so its cancel guards it.
             guarded = any(record.absent is not None for record in self.records)
             canceled = None if guarded else cancel_subject(self.invocation.run_id, "*")
             self.records.append(Record(admitted.record.subject, admitted.record.body, canceled))
+            self.records += claim(admitted.invocation)
+
+    def _due(self, follow_up: FunctionRecord, size: int = 0, not_before: float = 0.0) -> float | None:
+        of = self.invocation
+        return self.world.due(of.tenant, of.deadline, follow_up.name, follow_up.version, size, not_before)
 
     def _function(self, name: str, what: str) -> FunctionRecord:
         record = self.world.function(name)
@@ -475,7 +490,10 @@ def _child(
     payload: Payload,
     slot: Slot | None,
     breadth: int,
+    due: float | None,
+    steps: list[Step],
     parent_id: str | None = None,
+    not_before: float = 0.0,
 ) -> Invocation:
     return Invocation(
         run_id=parent.run_id,
@@ -494,11 +512,14 @@ def _child(
         depth=parent.depth + 1,
         breadth=breadth,
         on_late=parent.on_late,
+        not_before=not_before,
+        due=due,
+        trail=steps,
     )
 
 
 def _work(child: Invocation, now: float) -> Record:
-    subject = work_subject(lane(child.deadline, now), child.tenant, child.run_id, child.invocation_id)
+    subject = work_subject(lane(child.due, now), child.tenant, child.run_id, child.invocation_id)
     return Record(subject, encode(child))
 
 
@@ -555,4 +576,9 @@ def _outcome(
         slot=invocation.slot if children == 0 else None,
         spent=spent,
         end=end,
+        size=size_class(invocation.payload.size),
+        trail=invocation.trail if state == "succeeded" and (children == 0 or answer is not None) else [],
+        due=invocation.due,
+        on_late=invocation.on_late,
+        fidelity=rungs.fidelity(invocation),
     )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from functions.admission import Admitted, guard_subject
+from functions.admission import UNKNOWN, Admitted, due_of, guard_subject
 from functions.qos import deadline_of, lane
 from headrace.model import Quote
 from headrace.names import invocation_id, run_id
@@ -51,11 +51,21 @@ def function_of(wanted: Again, route: RouteRecord) -> str:
     return route.route.function if wanted.source.parent_id is None else wanted.source.function
 
 
-def replay(wanted: Again, *, key: str, route: RouteRecord, function: FunctionRecord, now: float) -> Admitted:
+def replay(
+    wanted: Again,
+    *,
+    key: str,
+    route: RouteRecord,
+    function: FunctionRecord,
+    now: float,
+    quote: Quote = UNKNOWN,
+    due: float | None = None,
+) -> Admitted:
     """Return the run that gives something another go, with the record that tells the old run of it.
 
     Its id follows from what is repeated and the key, so a request that comes twice makes one run, and so do those for
-    several branches of one run that came with one key.
+    several branches of one run that came with one key. Somebody wants it: it is refused by no strict route, and no
+    newer event takes its place.
     """
     first = wanted.first
     origin = wanted.of.invocation_id if wanted.start == "invocation" else wanted.of.run_id
@@ -74,12 +84,13 @@ def replay(wanted: Again, *, key: str, route: RouteRecord, function: FunctionRec
         deadline=deadline,
         event=first.event,
         digest=first.digest,
-        quote=Quote(),
+        quote=quote,
+        due=due,
         on_late=route.route.on_late,
         places=first.places,
         replays=wanted.of,
     )
-    subject = work_subject(lane(deadline, now), first.tenant, run, invocation.invocation_id)
+    subject = work_subject(lane(due_of(invocation), now), first.tenant, run, invocation.invocation_id)
     accepting = Record(subject, encode(invocation), guard_subject(first.tenant, run))
     # The work comes first: should a power cut tear the unit apart, the dead stay on the list and do not vanish from it.
     return Admitted(records=[accepting, *membership(invocation), told(wanted.of, run, now)], invocation=invocation)

@@ -41,6 +41,11 @@ class Reserve:
             self._value[band] -= value
             self._need_s[band] -= need_s
 
+    @property
+    def learned(self) -> bool:
+        """Whether enough came to say anything."""
+        return len(self._seen) > 1
+
     def cost(self, need_s: float, busy_s: Sequence[float], slots: int, now: float) -> float:
         """Return the value expected to be lost if work that needs so many seconds starts now.
 
@@ -50,7 +55,7 @@ class Reserve:
             slots: how many there are in all; one of those not busy is the one in question.
             now: the present instant.
         """
-        if slots < 2 or len(self._seen) < 2:
+        if slots < 2 or not self.learned:
             return 0.0
         span = max(now - self._seen[0][0], 1e-9)
         # So many slots, other than this one, urgent work that cannot wait for this one keeps busy by itself.

@@ -21,8 +21,8 @@ class Past(Struct, frozen=True, kw_only=True):
     """What the log holds of an invocation that was delivered before.
 
     ``fence`` is the sequence of its newest lease, 0 without one; ``attempt`` the number of the next attempt;
-    ``failures`` how many attempts said that they failed; ``retry_at`` the instant before which none may begin, and
-    ``retry_s`` how long after the failure that was.
+    ``failures`` how many attempts said that they failed, and ``failed_s`` how long those ran; ``retry_at`` the instant
+    before which none may begin, and ``retry_s`` how long after the failure that was.
     """
 
     done: Stored | None = None
@@ -31,6 +31,7 @@ class Past(Struct, frozen=True, kw_only=True):
     failures: int = 0
     retry_at: float = 0.0
     retry_s: float = 0.0
+    failed_s: float = 0.0
 
     @property
     def lost(self) -> int:
@@ -45,7 +46,7 @@ def look_back(found: Iterable[Stored]) -> Past:
     """Read the newest message of each subject that tells of an invocation's attempts: done, lease, start and try."""
     done: Stored | None = None
     fence = last = failures = 0
-    retry_at = retry_s = 0.0
+    retry_at = retry_s = failed_s = 0.0
     for stored in found:
         match kind_of(stored.subject):
             case "done":
@@ -58,10 +59,19 @@ def look_back(found: Iterable[Stored]) -> Past:
             case "try":
                 failed = decode(stored.body, Attempt)
                 failures += 1
+                failed_s += max(0.0, failed.ended_at - failed.started_at)
                 last = max(last, failed.attempt)
                 if failed.retry_at > retry_at:
                     retry_at, retry_s = failed.retry_at, failed.retry_at - failed.ended_at
-    return Past(done=done, fence=fence, attempt=last + 1, failures=failures, retry_at=retry_at, retry_s=retry_s)
+    return Past(
+        done=done,
+        fence=fence,
+        attempt=last + 1,
+        failures=failures,
+        retry_at=retry_at,
+        retry_s=retry_s,
+        failed_s=failed_s,
+    )
 
 
 def retry_at(error: FunctionError, *, failures: int, retries: int, now: float, rng: random.Random) -> float | None:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from msgspec import Struct, structs
 
+from functions import trail
+from functions.forecast import size_class
+from functions.outlook import NOTHING_KNOWN, Outlook
 from functions.qos import lane
 from headrace.model import ErrorInfo
 from headrace.names import invocation_id
 from headrace.wire import GATHER, Gather, Invocation, Outcome, Payload, RunEnd, Slot, Tally, decode, encode
 from streams.log import Record
 from streams.stored import Stored
+from streams.tables import row_key
 from streams.topology import end_subject, tally_subject, work_subject
 
 
@@ -62,7 +66,9 @@ def read(size: int, tallies: list[Stored]) -> Scope:
     return scope
 
 
-def tally(scope: Scope, fills: list[Fill], now: float) -> tuple[Tally, list[Record]] | None:
+def tally(
+    scope: Scope, fills: list[Fill], now: float, outlook: Outlook = NOTHING_KNOWN
+) -> tuple[Tally, list[Record]] | None:
     """Return the tally that counts these fills and the unit to append, or None if all were counted before.
 
     When it fills the scope and nothing failed, ``then`` starts in the same unit. The tally stands last, for the reason
@@ -87,14 +93,15 @@ def tally(scope: Scope, fills: list[Fill], now: float) -> tuple[Tally, list[Reco
     if len(scope.filled) + len(fresh) >= scope.size and not scope.failed and not failed and some.slot.then is not None:
         outcomes = {**scope.filled, **{i: f.seq for i, f in fresh.items()}}
         latest = max(fresh.values(), key=lambda f: f.seq)
-        records.insert(0, _then(latest, [outcomes[i] for i in range(scope.size)], now))
+        records.insert(0, _then(latest, [outcomes[i] for i in range(scope.size)], now, outlook))
     return made, records
 
 
-def _then(latest: Fill, outcomes: list[int], now: float) -> Record:
+def _then(latest: Fill, outcomes: list[int], now: float, outlook: Outlook) -> Record:
     slot, by = latest.slot, latest.outcome
     body = encode(Gather(scope=slot.scope, outcomes=outcomes))
     identity = invocation_id(slot.scope, "then")
+    due = outlook.due(by.deadline, row_key(by.tenant, slot.then or ""), slot.then_version, size_class(len(body)), now)
     joined = Invocation(
         run_id=by.run_id,
         invocation_id=identity,
@@ -112,8 +119,10 @@ def _then(latest: Fill, outcomes: list[int], now: float) -> Record:
         depth=slot.depth + 1,
         breadth=slot.breadth,
         on_late=slot.on_late,
+        due=due,
+        trail=trail.of(by),
     )
-    return Record(work_subject(lane(by.deadline, now), by.tenant, by.run_id, identity), encode(joined))
+    return Record(work_subject(lane(due, now), by.tenant, by.run_id, identity), encode(joined))
 
 
 def upward(scope: Scope, last: Fill) -> Fill | Record | None:
@@ -128,13 +137,15 @@ def upward(scope: Scope, last: Fill) -> Fill | Record | None:
     error = _told(scope) if failed else None
     if slot.parent is not None:
         return structs.replace(last, slot=slot.parent, failed=failed, error=error)
+    late = error is not None and error.kind == "deadline"
     ended = RunEnd(
         run_id=last.outcome.run_id,
-        state="failed" if failed else "succeeded",
+        state="succeeded" if not failed else "canceled" if late else "failed",
         answer_id=None if failed else last.outcome.invocation_id,
         error=error,
         spent=last.outcome.spent,
         ended_at=last.outcome.ended_at,
+        trail=[] if failed else trail.of(last.outcome),
     )
     subject = end_subject(ended.run_id)
     return Record(subject, encode(ended), subject)
@@ -145,6 +156,8 @@ def _told(scope: Scope) -> ErrorInfo:
     first = scope.error or ErrorInfo(kind="user", message="a branch failed")
     if scope.size == 1 or first.kind == "map":
         return first
+    if first.kind == "deadline":  # nobody needs the answer any more, which is no failure of any of them
+        return ErrorInfo(kind=first.kind, message=f"{len(scope.failed):,} of {scope.size:,} branches: {first.message}")
     return ErrorInfo(
         kind="map",
         message=f"{len(scope.failed):,} of {scope.size:,} branches failed; the first: {first.kind}: {first.message}",

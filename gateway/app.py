@@ -8,12 +8,17 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from functions.outlook import Outlook
+from functions.quotes import Quoter
 from gateway import auth, page, problems
 from gateway.acceptance import Acceptance
+from gateway.admitting import Admitting
 from gateway.backlog import Backlog
 from gateway.catalog import Catalog
 from gateway.dead import DeadList
+from gateway.entrance import Entrance
 from gateway.gate import Disk, Fill, Gate
+from gateway.history import History
 from gateway.ingest import Ingest
 from gateway.limits import GatewayLimits
 from gateway.live import Live
@@ -21,15 +26,16 @@ from gateway.metrics import Metrics
 from gateway.needs import Behind, Follow, Lanes, Log, Reader, Store, Tables
 from gateway.openapi import OpenApi
 from gateway.quota import Quota
-from gateway.runs import RunBook, Runs
+from gateway.quote import DryRun
+from gateway.runs import RunBooks, Runs
 from gateway.server import SERVER
 from gateway.spool import Spool
 from gateway.status import Status
 from gateway.table import ENDPOINTS, EVENTS
-from gateway.uploads import Uploads
+from gateway.uploads import Landing, Uploads
 from gateway.waiting import Waiting
-
-TENANT = "default"
+from headrace.wire import FunctionRecord
+from streams.tables import row_key
 
 
 class Draining:
@@ -61,7 +67,7 @@ def build(
     version: str,
     limits: GatewayLimits | None = None,
     lanes: Lanes | None = None,
-    tenant: str = TENANT,
+    direct: Landing | None = None,
     public_url: str = "",
     clock: Callable[[], float] = time.time,
 ) -> web.Application:
@@ -73,11 +79,12 @@ def build(
         tables: what is registered.
         blobs: where large bodies and code are kept; free space is watched on its disk.
         reader: the read model.
-        token: the bearer token that callers need.
+        token: the platform's own bearer token, which speaks for the default tenant; those of the others are in the
+            table of tenants.
         version: of the platform, for ``/openapi.json`` and ``/metrics``.
         limits: how much to take on.
         lanes: how much work waits; without it nothing is refused because it would be late.
-        tenant: whose events come in through this gateway.
+        direct: where uploads arrive that do not come through here; without it they do.
         public_url: where callers reach it, if that is not the ``Host`` they send (behind a proxy).
         clock: the time in epoch seconds.
     """
@@ -87,39 +94,32 @@ def build(
     draining = Draining()
     disk = Disk(blobs.incoming, limits.disk_bytes_min)
     fill = Fill(log, limits.log_share_max)
-    gate = Gate(limits, disk, fill)
+    tokens = auth.Tokens(token, tables.tenants)
+    gate = Gate(limits, disk, fill, tokens.shared)
     backlog = Backlog(lanes, backlog_max=limits.backlog_max)
-    book = RunBook(log=log, follow=follow, reader=reader, tenant=tenant)
-    waiting = Waiting(log=log, book=book, seats_max=limits.waiting_max)
+    books = RunBooks(log=log, follow=follow, reader=reader)
+    waiting = Waiting(log=log, books=books, seats_max=limits.waiting_max, shared=tokens.shared)
+    quoter = Quoter(Outlook(tables.forecasts.get), _functions(tables))
+    admitting = Admitting(tables=tables, quoter=quoter, backlog=backlog)
     acceptance = Acceptance(log=log, tables=tables, quota=Quota(log, reader))
-    live = Live(log=log, follow=follow, book=book, metrics=metrics, tenant=tenant, limits=limits)
+    live = Live(log=log, follow=follow, books=books, metrics=metrics, tokens=tokens, limits=limits)
     status = Status(behind, disk=disk, gate=gate, waiting=waiting, metrics=metrics, version=version, draining=draining)
-    uploads = Uploads(spool=Spool(blobs), disk=disk, token=token, limits=limits, public_url=public_url, clock=clock)
+    uploads = Uploads(
+        spool=Spool(blobs), direct=direct, disk=disk, token=token, limits=limits, public_url=public_url, clock=clock
+    )
+    entrance = Entrance(behind, admitting, acceptance, backlog, gate, limits, clock)
     handlers = {
-        **_ingest(
-            Ingest(
-                acceptance=acceptance,
-                tables=tables,
-                blobs=blobs,
-                book=book,
-                gate=gate,
-                backlog=backlog,
-                waiting=waiting,
-                metrics=metrics,
-                tenant=tenant,
-                limits=limits,
-                clock=clock,
-            )
-        ),
+        **_ingest(Ingest(entrance, books=books, waiting=waiting, metrics=metrics), DryRun(entrance)),
         **_uploads(uploads),
-        **_runs(Runs(book=book, log=log, reader=reader, blobs=blobs, clock=clock), live),
-        **_dead(DeadList(behind, acceptance=acceptance, book=book, gate=gate, tenant=tenant, clock=clock)),
-        **_catalog(Catalog(tables=tables, blobs=blobs, gate=gate, tenant=tenant, clock=clock)),
+        **_runs(Runs(books=books, log=log, reader=reader, blobs=blobs, clock=clock), live),
+        **_dead(DeadList(behind, acceptance=acceptance, admitting=admitting, books=books, gate=gate, clock=clock)),
+        "get_history": History(log=log, follow=follow, clock=clock).page,
+        **_catalog(Catalog(tables=tables, blobs=blobs, gate=gate, clock=clock)),
         **_status(status),
         "openapi": OpenApi(version).get,
         **_page(page.Page(page.load())),
     }
-    app = _application(handlers, token, limits)
+    app = _application(handlers, tokens, limits)
     app[DRAINING] = draining
     app[METRICS] = metrics
     app.cleanup_ctx.append(uploads.sweep)
@@ -129,11 +129,16 @@ def build(
     return app
 
 
-def _application(handlers: dict[str, Handler], token: str, limits: GatewayLimits) -> web.Application:
+def _functions(tables: Tables) -> Callable[[str, str], FunctionRecord | None]:
+    """Return what finds the current version of a function in memory, by tenant and name."""
+    return lambda tenant, name: tables.functions.get(row_key(tenant, name))
+
+
+def _application(handlers: dict[str, Handler], tokens: auth.Tokens, limits: GatewayLimits) -> web.Application:
     """Return an application that serves every endpoint of the table."""
     open_paths = {e.path for e in ENDPOINTS if e.open}
     app = web.Application(
-        middlewares=[problems.problems, auth.middleware(auth.TokenCheck(token), open_paths)],
+        middlewares=[problems.problems, auth.middleware(tokens, open_paths)],
         client_max_size=limits.body_bytes_max,
     )
     for endpoint in ENDPOINTS:
@@ -149,8 +154,8 @@ def _application(handlers: dict[str, Handler], token: str, limits: GatewayLimits
 # Which method serves which endpoint of the table.
 
 
-def _ingest(ingest: Ingest) -> dict[str, Handler]:
-    return {"send_events": ingest.events, "trigger": ingest.trigger}
+def _ingest(ingest: Ingest, dry: DryRun) -> dict[str, Handler]:
+    return {"send_events": ingest.events, "trigger": ingest.trigger, "quote": dry.explain}
 
 
 def _uploads(uploads: Uploads) -> dict[str, Handler]:
@@ -200,4 +205,4 @@ async def _sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
     response.headers["X-Content-Type-Options"] = "nosniff"
 
 
-__all__ = ["DRAINING", "METRICS", "TENANT", "build"]
+__all__ = ["DRAINING", "METRICS", "build"]

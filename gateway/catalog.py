@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import msgspec
@@ -11,16 +11,19 @@ from aiohttp import web
 from msgspec import Struct
 
 from functions import catalog
+from gateway.auth import tenant_of
 from gateway.gate import Gate
 from gateway.needs import Tables
 from gateway.runs import as_json
 from headrace.errors import BadRequest, NotFound
 from headrace.model import Code, FunctionOptions, FunctionView, Route, RouteView, SiteView
 from headrace.names import check_name
-from headrace.wire import FunctionRecord, RouteRecord, decode
+from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, decode
 from streams.blobs import Blobs
+from streams.tables import row_key
 
 S = TypeVar("S", bound=Struct)
+R = TypeVar("R", FunctionRecord, RouteRecord)
 
 
 class FunctionBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,13 +35,13 @@ class FunctionBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class FunctionList(Struct, frozen=True, kw_only=True):
-    """All registered functions by name, without their source."""
+    """All functions that the caller's tenant has registered, by name, without their source."""
 
     functions: list[FunctionView]
 
 
 class RouteList(Struct, frozen=True, kw_only=True):
-    """All registered routes by name."""
+    """All routes that the caller's tenant has registered, by name."""
 
     routes: list[RouteView]
 
@@ -50,15 +53,16 @@ class SiteList(Struct, frozen=True, kw_only=True):
 
 
 class Catalog:
-    """The endpoints under ``/v1/functions``, ``/v1/routes`` and ``/v1/sites``."""
+    """The endpoints under ``/v1/functions``, ``/v1/routes`` and ``/v1/sites``.
 
-    def __init__(
-        self, *, tables: Tables, blobs: Blobs, gate: Gate, tenant: str, clock: Callable[[], float] = time.time
-    ) -> None:
+    Functions and routes belong to who registered them: others neither see them nor run them, and may have their own of
+    the same name.
+    """
+
+    def __init__(self, *, tables: Tables, blobs: Blobs, gate: Gate, clock: Callable[[], float] = time.time) -> None:
         self._tables = tables
         self._blobs = blobs
         self._gate = gate
-        self._tenant = tenant
         self._clock = clock
 
     # ------------------------------------------------------------ functions
@@ -68,6 +72,7 @@ class Catalog:
         name = check_name(request.match_info["name"], "function name")
         body = await self._body(request, FunctionBody)
         version, content = catalog.version_of(body.code, body.options)
+        await self._check_ladder(tenant_of(request), name, body.options)
         record = catalog.register(
             name=name,
             version=version,
@@ -75,28 +80,33 @@ class Catalog:
             code_blob=await self._blobs.put(content),
             doc=body.doc,
             now=self._clock(),
+            tenant=tenant_of(request),
         )
-        known = await self._tables.functions.fetch(name)
+        key = row_key(record.tenant, name)
+        known = await self._tables.functions.fetch(key)
         if known is not None and known.version == version:
             return as_json(catalog.view(known, source_of(body.code)))
         # The version first: whoever sees it as the current one must find it.
-        await self._tables.versions.put(f"{name}.{version}", record)
-        await self._tables.functions.put(name, record)
+        await self._tables.versions.put(f"{key}.{version}", record)
+        await self._tables.functions.put(key, record)
         return as_json(catalog.view(record, source_of(body.code)), status=201)
 
     async def functions(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/functions``."""
-        rows = self._tables.functions.items()
-        return as_json(FunctionList(functions=[catalog.view(rows[name]) for name in sorted(rows)]))
+        mine = _of(tenant_of(request), self._tables.functions.items().values())
+        return as_json(FunctionList(functions=[catalog.view(one, learned=self._learned(one)) for one in mine]))
 
     async def function(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/functions/{name}``: with its source, for reading."""
         name = check_name(request.match_info["name"], "function name")
-        found = await self._function(name)
+        found = await self._function(tenant_of(request), name)
         if found is None:
             raise NotFound(f"there is no function {name}", hint="GET /v1/functions lists them.")
         code = decode(await self._blobs.get(found.code_blob), Code)
-        return as_json(catalog.view(found, source_of(code)))
+        return as_json(catalog.view(found, source_of(code), self._learned(found)))
+
+    def _learned(self, record: FunctionRecord) -> ForecastRow | None:
+        return self._tables.forecasts.get(row_key(record.tenant, record.name))
 
     # ------------------------------------------------------------ routes
 
@@ -104,37 +114,33 @@ class Catalog:
         """Answer ``PUT /v1/routes/{name}``: 201 for a new route, 200 for one that was there."""
         name = check_name(request.match_info["name"], "route name")
         route = await self._body(request, Route)
-        catalog.check_route(name, route, await self._function(check_name(route.function, "function name")))
-        known = await self._tables.routes.fetch(name)
-        await self._tables.routes.put(name, RouteRecord(name=name, tenant=self._tenant, route=route))
+        tenant = tenant_of(request)
+        function = await self._function(tenant, check_name(route.function, "function name"))
+        functions = _of(tenant, self._tables.functions.items().values())
+        ladders = any(each.options.variants for each in ([function] if function else []) + functions)
+        catalog.check_route(name, route, function, ladders=ladders)
+        known = await self._tables.routes.fetch(row_key(tenant, name))
+        await self._tables.routes.put(row_key(tenant, name), RouteRecord(name=name, tenant=tenant, route=route))
         return as_json(RouteView(name=name, route=route), status=201 if known is None else 200)
 
     async def routes(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/routes``."""
-        rows = self._tables.routes.items()
-        return as_json(
-            RouteList(
-                routes=[
-                    RouteView(name=name, route=rows[name].route)
-                    for name in sorted(rows)
-                    if rows[name].tenant == self._tenant
-                ]
-            )
-        )
+        mine = _of(tenant_of(request), self._tables.routes.items().values())
+        return as_json(RouteList(routes=[RouteView(name=record.name, route=record.route) for record in mine]))
 
     async def route(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/routes/{name}``."""
         name = check_name(request.match_info["name"], "route name")
-        found = self._tables.routes.get(name) or await self._tables.routes.fetch(name)
-        if found is None or found.tenant != self._tenant:
+        key = row_key(tenant_of(request), name)
+        found = self._tables.routes.get(key) or await self._tables.routes.fetch(key)
+        if found is None:
             raise _no_route(name)
         return as_json(RouteView(name=name, route=found.route))
 
     async def delete_route(self, request: web.Request) -> web.Response:
         """Answer ``DELETE /v1/routes/{name}``: runs that it has started go on."""
         name = check_name(request.match_info["name"], "route name")
-        found = await self._tables.routes.fetch(name)
-        if found is None or found.tenant != self._tenant or not await self._tables.routes.delete(name):
+        if not await self._tables.routes.delete(row_key(tenant_of(request), name)):
             raise _no_route(name)
         return web.Response(status=204)
 
@@ -151,8 +157,17 @@ class Catalog:
 
     # ------------------------------------------------------------ in between
 
-    async def _function(self, name: str) -> FunctionRecord | None:
-        return self._tables.functions.get(name) or await self._tables.functions.fetch(name)
+    async def _check_ladder(self, tenant: str, name: str, options: FunctionOptions) -> None:
+        others = {record.name: record for record in _of(tenant, self._tables.functions.items().values())}
+        for each in options.variants:  # another gateway may have registered it just now
+            found = await self._function(tenant, check_name(each, "variant"))
+            if found is not None:
+                others[each] = found
+        catalog.check_ladder(name, options, others)
+
+    async def _function(self, tenant: str, name: str) -> FunctionRecord | None:
+        key = row_key(tenant, name)
+        return self._tables.functions.get(key) or await self._tables.functions.fetch(key)
 
     async def _body(self, request: web.Request, kind: type[S]) -> S:
         held = self._gate.enter(request)
@@ -160,6 +175,11 @@ class Catalog:
             return read_json(await held.read(), kind)
         finally:
             held.leave()
+
+
+def _of(tenant: str, records: Iterable[R]) -> list[R]:
+    """Return the records of a tenant by name."""
+    return sorted((record for record in records if record.tenant == tenant), key=lambda record: record.name)
 
 
 def read_json(body: bytes, kind: type[S]) -> S:

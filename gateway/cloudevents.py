@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 
 from gateway.media import check_json, parse_media, read_payload
+from gateway.media import digest_of as body_digest_of
 from gateway.problems import Unreadable
 from headrace.clock import parse_deadline, parse_instant
 from headrace.errors import BadRequest, TooLarge
@@ -102,6 +103,11 @@ def deadline_of(event: EventMeta, now: float) -> float | None:
     if expiry is not None:
         found.append(parse_instant(expiry, "expirytime"))
     return min(found, default=None)
+
+
+def digest_of(event: EventMeta, payload: Payload) -> str:
+    """Return what tells the bodies of two events apart: their data, and the reference to data kept elsewhere."""
+    return body_digest_of(payload, str(event.extensions.get("dataref", "")))
 
 
 # ---------------------------------------------------------------- binary mode

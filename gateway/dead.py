@@ -12,20 +12,23 @@ from aiohttp import web
 from msgspec import structs
 
 from functions.admission import guard_subject, reference
+from functions.qos import deadline_of
 from functions.replays import Again, again, function_of, replay, told
 from gateway.acceptance import Acceptance, Accepted
+from gateway.admitting import Admitting, event_id
+from gateway.auth import tenant_of
 from gateway.gate import Gate
-from gateway.ingest import event_id
 from gateway.needs import Behind
-from gateway.runs import RunBook, as_json, cursor_of, limit_of
+from gateway.runs import RunBooks, as_json, cursor_of, limit_of
 from headrace.clock import format_instant, parse_instant
 from headrace.errors import BadRequest, Conflict, NotFound, Unavailable
 from headrace.model import AttemptError, DeadPage, DeadView, ErrorInfo, Replaying, ReplayView
 from headrace.names import check_name, invocation_id
 from headrace.wire import GATHER, RETRACTER, Attempt, FunctionRecord, Gather, Invocation, Outcome, RouteRecord, decode
 from streams.blobs import check_out
-from streams.ledger import Dead
+from streams.reader import Dead
 from streams.record import RunRecord
+from streams.tables import row_key
 from streams.topology import attempt_subject, done_subject, kind_of, replay_subject, run_of, work_subject
 
 READS_AT_ONCE = 32
@@ -40,16 +43,16 @@ class DeadList:
         behind: Behind,
         *,
         acceptance: Acceptance,
-        book: RunBook,
+        admitting: Admitting,
+        books: RunBooks,
         gate: Gate,
-        tenant: str,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._log, self._tables, self._blobs, self._reader = behind
         self._acceptance = acceptance
-        self._book = book
+        self._admitting = admitting
+        self._books = books
         self._gate = gate
-        self._tenant = tenant
         self._clock = clock
 
     # ------------------------------------------------------------ listing
@@ -58,8 +61,10 @@ class DeadList:
         """Answer ``GET /v1/dead``: newest first, by default those that were not replayed yet."""
         query = request.query
         function, route, since = query.get("function"), query.get("route"), query.get("since")
-        behind = await self._book.behind()
+        tenant = tenant_of(request)
+        behind = await self._books.of(tenant).behind()
         found = await self._reader.dead(
+            tenant,
             function=None if function is None else check_name(function, "function name"),
             route=None if route is None else check_name(route, "route name"),
             since=None if since is None else parse_instant(since, "since"),
@@ -73,7 +78,7 @@ class DeadList:
             async with turns:
                 return _view(one, await self._errors(one))
 
-        dead = await asyncio.gather(*(shown(one) for one in found.dead if one.run.tenant == self._tenant))
+        dead = await asyncio.gather(*(shown(one) for one in found.dead))
         return as_json(DeadPage(dead=dead, next=found.next, behind=behind))
 
     async def _errors(self, one: Dead) -> list[AttemptError]:
@@ -101,11 +106,13 @@ class DeadList:
         key = event_id(request.headers.get("Idempotency-Key"))
         held = self._gate.enter(request)
         try:
-            wanted = await self._wanted(check_name(request.match_info["id"], "id"))
+            wanted = await self._wanted(check_name(request.match_info["id"], "id"), tenant_of(request))
             route, function = await self._registered(wanted)
             await self._check_data(wanted)
             now = self._clock()
-            admitted = replay(wanted, key=key, route=route, function=function, now=now)
+            deadline = deadline_of(route.route, None, now)
+            quote, due = self._admitting.quote(route, function, wanted.source.payload.size, deadline, now)
+            admitted = replay(wanted, key=key, route=route, function=function, now=now, quote=quote, due=due)
             [accepted] = await self._acceptance.append([admitted])
             if accepted.duplicate:
                 await self._tell_old_run(wanted, accepted.first.run_id, now)
@@ -114,14 +121,14 @@ class DeadList:
         answer = await self._promise(wanted, accepted)
         return as_json(answer, status=202, headers={"Location": f"/v1/runs/{answer.run_id}"})
 
-    async def _wanted(self, wanted: str) -> Again:
+    async def _wanted(self, wanted: str, tenant: str) -> Again:
         """Find what the id names, and what of it has to be repeated.
 
         Raises:
             NotFound: there is nothing of this id.
             Conflict: it did not fail, or the log does not hold it any more.
         """
-        record, identity = await self._find(wanted)
+        record, identity = await self._find(wanted, tenant)
         if record.state != "failed":
             state = "has not ended yet" if not record.ended else f"is {record.state}"
             raise Conflict(
@@ -132,39 +139,40 @@ class DeadList:
             raise Conflict(
                 f"the event of {_named(record, wanted)} was retracted", hint=f"headrace run {record.retracted_by}"
             )
-        first = await self._work(guard_subject(self._tenant, record.run_id), record)
+        first = await self._work(guard_subject(tenant, record.run_id), record)
         dead = first
         if identity != first.invocation_id:
-            dead = await self._work(work_subject("*", self._tenant, record.run_id, identity), record)
+            dead = await self._work(work_subject("*", tenant, record.run_id, identity), record)
         if first.function == RETRACTER:
             raise Conflict(
                 f"the run {record.run_id} is a retraction", hint="Send its event again, with an id of its own."
             )
         return again(first, dead)
 
-    async def _find(self, wanted: str) -> tuple[RunRecord, str]:
+    async def _find(self, wanted: str, tenant: str) -> tuple[RunRecord, str]:
         """Return the run that an id means, and its invocation that was given up on."""
         try:
-            record = await self._book.record(wanted)
+            record = await self._books.of(tenant).record(wanted)
         except NotFound:
-            return await self._find_invocation(wanted)
+            return await self._find_invocation(wanted, tenant)
         return record, record.dead_id or invocation_id(record.run_id, 0)
 
-    async def _find_invocation(self, identity: str) -> tuple[RunRecord, str]:
+    async def _find_invocation(self, identity: str, tenant: str) -> tuple[RunRecord, str]:
         run: str | None = None
         with suppress(Unavailable):  # the log knows it too, only not as fast
             run = await self._reader.run_of_dead(identity)
         if run is None:
             stored = await self._log.last(done_subject("*", identity))
             if stored is None:
-                await self._refuse_unended(identity)
+                await self._refuse_unended(identity, tenant)
             else:
                 run = run_of(stored.subject)
         if run is None:
-            raise NotFound(
-                f"there is no run and no invocation {identity}", hint="headrace dead lists what can be replayed."
-            )
-        record = await self._book.record(run)
+            raise _nothing(identity)
+        try:
+            record = await self._books.of(tenant).record(run)
+        except NotFound as error:  # it is another tenant's: not even the id of its run is told
+            raise _nothing(identity) from error
         stored = await self._log.last(done_subject(run, identity))
         if stored is not None and (outcome := decode(stored.body, Outcome)).state != "dead":
             raise Conflict(
@@ -173,8 +181,8 @@ class DeadList:
             )
         return record, identity
 
-    async def _refuse_unended(self, identity: str) -> None:
-        stored = await self._log.last(work_subject("*", self._tenant, "*", identity))
+    async def _refuse_unended(self, identity: str, tenant: str) -> None:
+        stored = await self._log.last(work_subject("*", tenant, "*", identity))
         if stored is not None:
             run = stored.subject.split(".")[4]
             raise Conflict(
@@ -193,14 +201,15 @@ class DeadList:
 
     async def _registered(self, wanted: Again) -> tuple[RouteRecord, FunctionRecord]:
         """Return the route and the function as they are now: asked of the server, for what was deployed this moment."""
-        route = await self._tables.routes.fetch(wanted.first.route)
-        if route is None or route.tenant != self._tenant:
+        tenant = wanted.first.tenant
+        route = await self._tables.routes.fetch(row_key(tenant, wanted.first.route))
+        if route is None:
             raise Conflict(
                 f"the route {wanted.first.route} is not registered any more",
                 hint="Register it again: `headrace deploy FILE.py`.",
             )
         name = function_of(wanted, route)
-        function = await self._tables.functions.fetch(name)
+        function = await self._tables.functions.fetch(row_key(tenant, name))
         if function is None:
             raise Conflict(
                 f"the function {name} is not registered any more", hint="Register it again: `headrace deploy FILE.py`."
@@ -216,7 +225,7 @@ class DeadList:
         payload = wanted.source.payload
         try:
             if payload.blob is not None:
-                await self._blobs.path(payload.blob)
+                await self._blobs.where(payload.blob)
             if payload.type == GATHER:
                 gathered = decode(await check_out(payload, self._blobs), Gather)
                 await self._log.at(gathered.outcomes)
@@ -234,7 +243,9 @@ class DeadList:
         made = reference(accepted.first, duplicate=accepted.duplicate)
         if accepted.duplicate:
             with suppress(Unavailable, NotFound):  # the promise stands all the same
-                made = structs.replace(made, state=(await self._book.record(made.run_id)).state)
+                made = structs.replace(
+                    made, state=(await self._books.of(accepted.first.tenant).record(made.run_id)).state
+                )
         return Replaying(
             **structs.asdict(made),
             replay_of=ReplayView(run_id=wanted.of.run_id, invocation_id=wanted.of.invocation_id),
@@ -266,6 +277,10 @@ def _flag(text: str, what: str) -> bool:
     if text.lower() not in (*_YES, *_NO):
         raise BadRequest(f"{what}: {ascii(text)[:40]} is not possible", hint="Use 1 or 0.")
     return text.lower() in _YES
+
+
+def _nothing(wanted: str) -> NotFound:
+    return NotFound(f"there is no run and no invocation {wanted}", hint="headrace dead lists what can be replayed.")
 
 
 def _named(record: RunRecord, wanted: str) -> str:

@@ -16,11 +16,14 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.auth import Caller, Tokens, caller_of, tenant_of
 from gateway.limits import GatewayLimits
 from gateway.metrics import Metrics
 from gateway.needs import Follow, Log
+from gateway.owners import Owners
 from gateway.problems import Busy
-from gateway.runs import RunBook
+from gateway.runs import RunBook, RunBooks
+from gateway.shares import Shares
 from gateway.story import Teller, run_event, text_of
 from headrace.errors import BadRequest, HeadraceError
 from headrace.model import FINAL
@@ -54,21 +57,25 @@ class Live:
     """``GET /v1/runs/{run_id}/events`` and ``GET /v1/stream``."""
 
     def __init__(
-        self, *, log: Log, follow: Follow, book: RunBook, metrics: Metrics, tenant: str, limits: GatewayLimits
+        self, *, log: Log, follow: Follow, books: RunBooks, metrics: Metrics, tokens: Tokens, limits: GatewayLimits
     ) -> None:
         self._log = log
         self._follow = follow
-        self._book = book
+        self._books = books
         self._metrics = metrics
-        self._tenant = tenant
+        self._owners = Owners(log)
+        self._places = Shares(limits.streams_max, tokens.shared, self._full)
+        self._tokens = tokens
         self._limits = limits
-        self._open: set[asyncio.Task[Any]] = set()
-        self._closing = False
+        self._open: dict[asyncio.Task[Any], Caller] = {}
+        self._ending: set[asyncio.Task[Any]] = set()
+        tokens.listen(self._end_strangers)
 
     async def run(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET /v1/runs/{run_id}/events``: from the beginning, or after ``Last-Event-ID``, to the run's end."""
         run_id = check_name(request.match_info["run_id"], "run id")
-        record = await self._book.record(run_id)
+        book = self._books.of(tenant_of(request))
+        record = await book.record(run_id)
         after = last_event_id(request)
         if after is None:
             after = record.first_seq - 1
@@ -76,31 +83,45 @@ class Live:
             # Nothing will ever follow. Telling the end again lets a client that asks for more see that it is over.
             return await self._serve(request, self._again(record, after), after)
         subjects = [*run_subjects(run_id), note_subject(run_id, "*", "*")]
-        return await self._serve(request, self._until_end(subjects, after), after)
+        return await self._serve(request, self._until_end(book, subjects, after), after)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Answer ``GET /v1/stream``: all runs, from now on or after ``Last-Event-ID``."""
+        """Answer ``GET /v1/stream``: all runs of the caller, from now on or after ``Last-Event-ID``."""
         after = last_event_id(request)
         end = await self._log.end_seq()
         # An id from a log that was replaced by an emptier one must not wait for the day that log has grown to it.
         after = end if after is None else min(after, end)
-        return await self._serve(request, self._texts(all_subjects(self._tenant), after), after)
+        return await self._serve(request, self._texts(tenant_of(request), after), after)
+
+    def _full(self) -> Busy:
+        return Busy(f"{self._limits.streams_max} clients read events already", hint="Close some, or come back later.")
 
     async def close(self) -> None:
         """End all streams in good order; their clients come back to whoever serves next."""
-        self._closing = True
         for task in list(self._open):
+            self._end(task)
+
+    def _end_strangers(self) -> None:
+        """End the streams of those whose token is good no longer."""
+        for task, caller in list(self._open.items()):
+            if not self._tokens.is_valid(caller):
+                self._end(task)
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        if task not in self._ending:
+            self._ending.add(task)
             task.cancel()
 
-    async def _texts(self, subjects: list[str], after: int) -> AsyncGenerator[bytes, None]:
-        teller = Teller(self._book)
-        async with aclosing(self._follow(subjects, after=after)) as batches:
+    async def _texts(self, tenant: str, after: int) -> AsyncGenerator[bytes, None]:
+        teller = Teller(self._books.of(tenant))
+        async with aclosing(self._follow(all_subjects(tenant), after=after)) as batches:
             async for batch in batches:
-                parts = [text_of(stored.seq, await teller.tell(stored)) for stored in batch]
+                mine = [stored for stored in batch if await self._owners.of(stored) == tenant]
+                parts = [text_of(stored.seq, await teller.tell(stored)) for stored in mine]
                 yield b"".join(parts) or KEEP_ALIVE
 
-    async def _until_end(self, subjects: list[str], after: int) -> AsyncGenerator[bytes, None]:
-        teller = Teller(self._book)
+    async def _until_end(self, book: RunBook, subjects: list[str], after: int) -> AsyncGenerator[bytes, None]:
+        teller = Teller(book)
         async with aclosing(self._follow(subjects, after=after)) as batches:
             async for batch in batches:
                 parts: list[bytes] = []
@@ -116,13 +137,10 @@ class Live:
         yield text_of(after, [run_event(record)])
 
     async def _serve(self, request: web.Request, texts: AsyncGenerator[bytes, None], after: int) -> web.StreamResponse:
-        if len(self._open) >= self._limits.streams_max:
-            raise Busy(
-                f"{self._limits.streams_max} clients read events already", hint="Close some, or come back later."
-            )
-        task = asyncio.current_task()
+        task, caller = asyncio.current_task(), caller_of(request)
         assert task is not None  # noqa: S101 - a handler always runs in a task
-        self._open.add(task)
+        self._places.take(caller.tenant)
+        self._open[task] = caller
         self._metrics.streams.set(len(self._open))
         response = web.StreamResponse(headers=SSE_HEADERS)
         try:
@@ -139,7 +157,7 @@ class Live:
             if request.transport is not None:
                 request.transport.abort()
         except asyncio.CancelledError:
-            if not self._closing:
+            if task not in self._ending:
                 raise
             task.uncancel()
             with suppress(TimeoutError, ConnectionError):
@@ -150,13 +168,15 @@ class Live:
         except HeadraceError as error:
             _log.warning("a stream of events ends: %s", error)  # headers are sent; the client comes back by itself
         finally:
-            self._open.discard(task)
+            self._open.pop(task, None)
+            self._places.give_back(caller.tenant)
+            self._ending.discard(task)
             self._metrics.streams.set(len(self._open))
         return response
 
 
 def all_subjects(tenant: str) -> list[str]:
-    """Return the subjects of all that is told of a tenant's runs."""
+    """Return the subjects of all that is told of a tenant's runs; only that of work leaves out those of others."""
     return [
         work_subject("*", tenant, "*", "*"),
         done_subject("*", "*"),

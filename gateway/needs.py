@@ -11,8 +11,8 @@ from headrace.model import Audit, RunPage, RunView
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord
 from streams.backlog import Look
 from streams.blobs import Blobs
-from streams.ledger import DeadFound
 from streams.log import Record
+from streams.reader import DeadFound
 from streams.record import RunRecord
 from streams.stored import Stored
 
@@ -51,6 +51,9 @@ class Log(Protocol):
     async def end_seq(self) -> int:
         """Return the sequence of the newest message."""
 
+    async def begins_at(self) -> float | None:
+        """Return the instant of the oldest message, None for an empty log."""
+
     async def size(self) -> tuple[int, int]:
         """Return the bytes that the log takes, and those at which it refuses (0: no limit)."""
 
@@ -64,9 +67,15 @@ class Follow(Protocol):
     """Ordered reading, as ``streams.follow.follow`` does it for one log."""
 
     def __call__(
-        self, subjects: list[str], *, after: int, window: int = 512, idle_s: float = 5.0
+        self,
+        subjects: list[str],
+        *,
+        after: int = -1,
+        since: float | None = None,
+        window: int = 512,
+        idle_s: float = 5.0,
     ) -> AsyncGenerator[list[Stored], None]:
-        """Yield every message after a sequence, in order, for ever; an empty batch when nothing happens."""
+        """Yield every message after a sequence or from an instant on, in order, for ever; empty when nothing comes."""
 
 
 class Table(Protocol[T]):
@@ -143,11 +152,13 @@ class Reader(Protocol):
     async def record(self, run: str, /) -> RunRecord | None:
         """Return a run without its invocations, or None."""
 
-    async def open_runs(self, route: str, /) -> int:
-        """Return how many runs of a route have not ended."""
+    async def open_runs(self, tenant: str, route: str, /) -> int:
+        """Return how many runs of a tenant's route have not ended."""
 
     async def page(
         self,
+        tenant: str,
+        /,
         *,
         state: str | None = None,
         route: str | None = None,
@@ -155,10 +166,12 @@ class Reader(Protocol):
         limit: int = 100,
         cursor: str | None = None,
     ) -> RunPage:
-        """Return runs, newest first; ``BadRequest`` for a cursor that is none."""
+        """Return runs of a tenant, newest first; ``BadRequest`` for a cursor that is none."""
 
     async def dead(
         self,
+        tenant: str,
+        /,
         *,
         function: str | None = None,
         route: str | None = None,

@@ -22,6 +22,7 @@ from headrace.errors import (
     BadRequest,
     Conflict,
     HeadraceError,
+    Infeasible,
     NotFound,
     Overloaded,
     RunFailed,
@@ -30,7 +31,7 @@ from headrace.errors import (
     Unauthorized,
     Unavailable,
 )
-from headrace.model import Problem
+from headrace.model import Problem, Quote, Refusal
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,12 @@ class Busy(Overloaded):
     title = "The gateway has its hands full"
 
 
+class NotAllowed(Unauthorized):
+    """The token is good, and not for this."""
+
+    title = "Not allowed"
+
+
 class Meaning(NamedTuple):
     """How an error is told over HTTP."""
 
@@ -70,8 +77,10 @@ MEANINGS: dict[type[HeadraceError], Meaning] = {
     Unreadable: Meaning(415, "unsupported-format"),
     TooLarge: Meaning(413, "too-large"),
     Unauthorized: Meaning(401, "unauthorized"),
+    NotAllowed: Meaning(403, "not-allowed"),
     NotFound: Meaning(404, "not-found"),
     Conflict: Meaning(409, "conflict"),
+    Infeasible: Meaning(409, "infeasible"),
     KeyReused: Meaning(422, "key-reused"),
     Overloaded: Meaning(429, "overloaded"),
     Busy: Meaning(503, "busy"),
@@ -98,7 +107,9 @@ def meaning_of(error: HeadraceError) -> Meaning:
     return MEANINGS[HeadraceError]
 
 
-def body(*, slug: str, title: str, status: int, detail: str, hint: str = "", instance: str = "") -> bytes:
+def body(
+    *, slug: str, title: str, status: int, detail: str, hint: str = "", instance: str = "", quote: Quote | None = None
+) -> bytes:
     """Return the JSON of a problem; text that UTF-8 cannot say is shown with question marks."""
     problem = Problem(
         type=URN + slug,
@@ -107,12 +118,19 @@ def body(*, slug: str, title: str, status: int, detail: str, hint: str = "", ins
         detail=_sayable(detail),
         hint=_sayable(hint),
         instance=_sayable(instance)[:INSTANCE_CHARS_MAX] if instance else msgspec.UNSET,
+        quote=quote or msgspec.UNSET,
     )
     return msgspec.json.encode(problem)
 
 
 def _sayable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
+
+
+def refusal(error: HeadraceError) -> Refusal:
+    """Return what this error would be told as, for those who ask before they send."""
+    status = meaning_of(error).status
+    return Refusal(status=status, title=error.title, detail=_sayable(str(error)), hint=_sayable(error.hint))
 
 
 def respond(error: HeadraceError, request: web.BaseRequest) -> web.Response:
@@ -130,6 +148,7 @@ def respond(error: HeadraceError, request: web.BaseRequest) -> web.Response:
         detail=str(error),
         hint=error.hint,
         instance=request.rel_url.raw_path,
+        quote=error.quote if isinstance(error, Infeasible) else None,
     )
     return web.Response(status=status, body=content, content_type=MEDIA_TYPE, headers=headers)
 

@@ -9,6 +9,7 @@ from aiohttp import web
 from msgspec import Struct
 from prometheus_client.exposition import choose_encoder
 
+from gateway.auth import check_operator
 from gateway.gate import Disk, Gate
 from gateway.metrics import Metrics
 from gateway.needs import Behind
@@ -89,7 +90,8 @@ class Status:
         return web.Response(body=encode(metrics.registry), headers={"Content-Type": content_type})
 
     async def audit(self, request: web.Request) -> web.Response:
-        """Answer ``GET /v1/audit``: what the auditor found last."""
+        """Answer ``GET /v1/audit``: what the auditor found last, of all tenants, for whoever runs the platform."""
+        check_operator(request)
         found = await self._reader.audit()
         if found is None:
             raise Unavailable("there was no audit yet", hint="The ledger audits every few seconds; is one running?")

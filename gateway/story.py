@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from gateway.runs import RunBook
 from headrace.clock import format_instant, maybe_instant
 from headrace.errors import NotFound, Unavailable
+from headrace.failures import size_text
 from headrace.model import FINAL
-from headrace.wire import Attempt, Cancel, Invocation, Note, Outcome, RunEnd, Started, decode
+from headrace.wire import Attempt, Cancel, Invocation, Moved, Note, Outcome, RunEnd, Started, decode
 from streams.record import RunRecord
 from streams.stored import Stored
 from streams.topology import kind_of
@@ -165,6 +167,8 @@ def _ended(done: Outcome, stored: Stored) -> Told:
         run["time_to_solution_s"] = max(0.0, stored.at - done.accepted_at)
     if done.deadline is not None and (answered or done.end is not None):
         run["deadline_met"] = answered and stored.at <= done.deadline
+    if done.fidelity is not None and answered:
+        run["fidelity"] = done.fidelity
     if done.end is not None or answered or done.parent_id is None:
         told.append(("run", run))
     return told
@@ -183,7 +187,20 @@ def _noted(note: Note) -> Told:
     told: Told = [("log", {**head, "level": level, "text": text}) for level, text in note.lines]
     if note.fraction is not None:
         told.append(("progress", {**head, "fraction": note.fraction, "note": note.text}))
+    if note.moved is not None:
+        told.append(("progress", {**head, **_staged(note.moved)}))
     return told
+
+
+def _staged(moved: Moved) -> Data:
+    done, total = moved.bytes_done, moved.bytes_total
+    return {
+        "fraction": done / total if total else 1.0,
+        "note": f"staged {size_text(done)} of {size_text(total)}",
+        "uri": moved.uri,
+        "bytes_done": done,
+        "bytes_total": total,
+    }
 
 
 def run_event(record: RunRecord) -> tuple[str, Data]:
@@ -206,8 +223,17 @@ def run_event(record: RunRecord) -> tuple[str, Data]:
             "error": record.error,
             "superseded_by": record.superseded_by,
             "retracted_by": record.retracted_by,
+            "fidelity": record.fidelity,
+            "answers": len(record.answers),
         },
     )
+
+
+def as_of(record: RunRecord, at: float) -> RunRecord:
+    """Return an answered run as it was at an instant before its end."""
+    answers = [each for each in record.answers if each.at <= at]
+    fidelity = answers[-1].fidelity if answers else record.fidelity
+    return structs.replace(record, state="running", ended_at=None, error=None, answers=answers, fidelity=fidelity)
 
 
 def text_of(seq: int, told: Told) -> bytes:
@@ -234,16 +260,27 @@ class Teller:
         if kind == "end" or (kind == "cancel" and told and "state" not in told[0][1]):
             # The end of a run with branches knows neither its deadline nor when it was answered; that a run was
             # superseded or retracted does not tell whether it had ended before.
-            try:
-                record = await self._book.record(told[0][1]["run_id"], seq=stored.seq)
-            except (NotFound, Unavailable):
-                return told
-            if record.state == "canceled":
-                _remember(self._canceled, record.run_id)
-            return [run_event(record)]
+            return await self._looked_up(told, stored)
+        if kind == "done" and any(name == "run" and _may_mislead(data) for name, data in told):
+            return await self._looked_up(told, stored)  # a cheaper variant may have answered before
         if kind in ("done", "cancel"):
             return [(name, data) for name, data in told if name != "run" or self._mend(data, kind)]
         return told
+
+    async def _looked_up(self, told: Told, stored: Stored) -> Told:
+        """Return the events of a fact with all that is known of its run in place of what the fact says of it."""
+        try:
+            record = await self._book.record(told[0][1]["run_id"], seq=stored.seq)
+        except (NotFound, Unavailable):
+            return told
+        if record.state == "canceled":
+            _remember(self._canceled, record.run_id)
+        others = [each for each in told if each[0] != "run"]
+        if kind_of(stored.subject) != "done" or record.seq == stored.seq:
+            return [*others, run_event(record)]
+        # What is known is newer than the fact: where the run had ended before, this did not change it; else it ends
+        # later, and what it had then is told then.
+        return others if record.seq < stored.seq else [*others, run_event(as_of(record, stored.at))]
 
     def _mend(self, run: Data, kind: str) -> bool:
         """Take out what an earlier fact made untrue, and say whether the event is to be told at all."""
@@ -260,6 +297,11 @@ class Teller:
         if kind == "cancel":
             _remember(self._canceled, run_id)
         return True
+
+
+def _may_mislead(run: Data) -> bool:
+    """Return whether an outcome does not tell how its run stands: of several answers, the best is the answer."""
+    return "fidelity" in run or run["state"] == "failed"
 
 
 def _remember(kept: dict[str, None], run_id: str) -> None:

@@ -14,7 +14,9 @@ from gateway.uploads import Upload, UploadBody
 from headrace.model import (
     Audit,
     DeadPage,
+    Explanation,
     FunctionView,
+    HistoryPage,
     Replaying,
     Route,
     RouteView,
@@ -101,6 +103,23 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     ),
     Endpoint(
         "POST",
+        "/v1/quote",
+        "quote",
+        "What would come of an event or a trigger if it were sent now, route by route. Nothing is started.",
+        {200: Explanation},
+        bodies=(
+            Body(dict[str, Any], "application/cloudevents+json"),
+            Body(list[dict[str, Any]], "application/cloudevents-batch+json"),
+            Body(None, ANYTHING),
+        ),
+        params=(
+            Param("route", "query", str, "Take the body as a trigger of this route; else it is an event or a batch."),
+            Param("Idempotency-Key", "header", str, "With route: the event id."),
+            Param("Headrace-Deadline", "header", str, "With route: a duration such as 60s, or an RFC 3339 instant."),
+        ),
+    ),
+    Endpoint(
+        "POST",
         "/v1/uploads",
         "begin_upload",
         "Announce large data and get the addresses to PUT its parts to.",
@@ -147,8 +166,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "/v1/runs/{run_id}/result",
         "get_result",
         "The answer with its own content type; 202 while there is none, 410 if the run failed, was canceled or "
-        "retracted. That of a superseded run comes with a Link to its successor.",
+        "retracted. That of a superseded run comes with a Link to its successor. Of several answers it is the best; "
+        "Headrace-Fidelity tells its level, and Links lead to the others.",
         {200: ANYTHING, 202: JSON},
+        params=(Param("level", "query", int, "The answer of this fidelity, whatever came after it."),),
     ),
     Endpoint(
         "GET",
@@ -191,9 +212,22 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     ),
     Endpoint(
         "GET",
+        "/v1/history",
+        "get_history",
+        "Invocations that have ended, in the order of the log: what a replay of the past under another policy needs.",
+        {200: HistoryPage},
+        params=(
+            Param("since", "query", str, "From this RFC 3339 instant on; it has to be given."),
+            Param("until", "query", str, "Before this RFC 3339 instant; now, if not given."),
+            Param("limit", "query", Limit, "At most so many; 100 if not given."),
+            Param("cursor", "query", str, "`next` of the page before, with the same instants."),
+        ),
+    ),
+    Endpoint(
+        "GET",
         "/v1/audit",
         "get_audit",
-        "Whether every accepted run has ended or is on its way; 503 before the first audit.",
+        "Whether every accepted run of all tenants has ended or is on its way; for the platform's own token only.",
         {200: Audit},
     ),
     Endpoint(

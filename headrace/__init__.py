@@ -5,8 +5,8 @@ when it is first asked for, so that a file of functions loads quickly wherever i
 
 Rooms, by what they are for:
 
-- words: ``errors``, ``names``, ``clock``, ``model`` and ``wire`` (types), ``media`` (content types), ``filters``,
-  ``events``;
+- words: ``errors``, ``names``, ``clock``, ``model``, ``jobs`` and ``wire`` (types), ``media`` (content types),
+  ``filters``, ``events``;
 - declaring and running: ``sdk`` (``@function``, ``@on``), ``revision`` (what a route says of revisions), ``context``
   (``ctx``), ``binding`` with ``data`` and ``coroutines`` (payload to arguments), ``failures`` (what is told of an
   exception);
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from headrace import errors
 from headrace.context import Context
 from headrace.errors import HeadraceError
+from headrace.jobs import JobAttributes, JobSpec, Resources
 from headrace.model import Event, Route
 from headrace.sdk import function, on
 
@@ -53,6 +54,9 @@ __all__ = [
     "Event",
     "Executor",
     "HeadraceError",
+    "JobAttributes",
+    "JobSpec",
+    "Resources",
     "Route",
     "Run",
     "errors",

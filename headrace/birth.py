@@ -17,8 +17,8 @@ from pathlib import Path
 
 from headrace import groups
 from headrace.channel import Channel
+from headrace.children import ChildLimits, Fork
 from headrace.runner import Runner
-from headrace.wire import ChildLimits, Fork
 
 TELL_SIGNAL = signal.SIGRTMAX - 1  # leaves SIGUSR1 and SIGUSR2 to the user's code
 PR_SET_PDEATHSIG = 1

@@ -1,7 +1,7 @@
 """``headrace``: the platform from a terminal.
 
-Exit codes: 0 good, 1 the run failed or missed its deadline (or has no answer yet), 2 wrong usage, 3 the platform cannot
-be reached.
+Exit codes: 0 good, 1 the run failed or missed its deadline (or has no answer yet, or is refused as it cannot be in
+time), 2 wrong usage, 3 the platform cannot be reached.
 """
 
 from __future__ import annotations
@@ -92,24 +92,34 @@ def _serve(command: str, help_text: str) -> None:
     """Add a command that another program of ours runs: servers come with the extra `platform`."""
 
     def run(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
-        for needed in ("infra", "nats", "redis"):
-            if importlib.util.find_spec(needed) is None:
-                raise BadRequest(
-                    f"`headrace {command}` needs the servers, which are not installed here",
-                    hint="pip install 'headrace[platform]'",
-                )
-        sys.stdout.flush()
-        # -P: a file `infra.py` in this folder must not be taken for ours.
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "infra", command, *arguments])  # noqa: S606 - no shell
+        _become(command, arguments)
 
     run.__doc__ = help_text
     app.command(run, name=command, help_flags=[], version_flags=[], group="Servers")
+
+
+def _become(command: str, arguments: Sequence[str]) -> NoReturn:
+    """Go on as a command of the servers' program.
+
+    Raises:
+        BadRequest: it is not installed.
+    """
+    for needed in ("infra", "nats", "redis"):
+        if importlib.util.find_spec(needed) is None:
+            raise BadRequest(
+                f"`headrace {command}` needs the servers, which are not installed here",
+                hint="pip install 'headrace[platform]'",
+            )
+    sys.stdout.flush()
+    # -P: a file `infra.py` in this folder must not be taken for ours.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "infra", command, *arguments])  # noqa: S606 - no shell
 
 
 _serve("up", "Run the whole platform in this terminal until Ctrl-C.")
 _serve("demo", "Start a platform, send it real triggers, and check every answer.")
 _serve("doctor", "Look for what is wrong; each finding says its cure.")
 _serve("setup", "Make the stream and the tables on servers of your own.")
+_serve("tenant", "Add, list and remove those who share the platform: tenant add NAME.")
 _serve("gateway", "Run one gateway, configured by file and environment.")
 _serve("worker", "Run one worker, configured by file and environment.")
 _serve("ledger", "Run the writer of the read model, configured by file and environment.")
@@ -195,6 +205,8 @@ def trigger(
             run.payload()  # raises what went wrong
         else:
             say(f"no answer after {wait:g} s; the run {run.run_id} goes on", f"headrace watch {run.run_id}")
+        if view.fidelity is not None and view.fidelity.level > 0 and not as_json:
+            say(f"this is {render.fidelity(view)}", f"headrace result {run.run_id} gives the best answer there is")
         if view.deadline_met is False and not as_json:
             say(f"the run {run.run_id} missed its deadline", f"headrace run {run.run_id} tells where the time went")
         return _standing(view) if answered or view.state in FINAL else RUN_FAILED
@@ -207,13 +219,7 @@ def publish(file: Annotated[str, Input] = "-", /, *, as_json: AsJson = False) ->
     Args:
         file: JSON in the form of CloudEvents; - reads standard input.
     """
-    body = read_input(file)
-    try:
-        events = msgspec.json.decode(body, type=dict[str, Any] | list[dict[str, Any]])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadRequest(
-            f"{file}: not an event or a list of events: {error}", hint="Send the JSON form of CloudEvents 1.0."
-        ) from error
+    events = _read_events(file)
     with _client(SEND_PATIENCE_S) as client:
         runs = client.publish(events)
         if as_json:
@@ -223,6 +229,58 @@ def publish(file: Annotated[str, Input] = "-", /, *, as_json: AsJson = False) ->
         if not runs:
             say("no route takes this", "`headrace routes` lists what each one takes")
     return None
+
+
+@app.command
+def explain(
+    file: Annotated[str | None, Input] = None,
+    /,
+    *,
+    route: Annotated[str | None, Parameter(help="Explain a trigger of this route with the file as its data.")] = None,
+    deadline: Deadline = None,
+    id: Annotated[str | None, Parameter(help="With --route: the event id.")] = None,  # noqa: A002 - --id
+    content_type: Annotated[str | None, Parameter(help="With --route: what the data is.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Tell what would come of an event or a trigger if it were sent now: which routes fire, and whether in time.
+
+    Nothing is started. The exit code is 1 where it would be refused.
+
+    Args:
+        file: a CloudEvent as JSON, or a list of them; with --route any data. - reads standard input.
+    """
+    if route is None:
+        if file is None or id is not None or content_type is not None:
+            raise BadRequest(
+                "explain: " + ("no event is given" if file is None else "--id and --content-type go with --route only"),
+                hint="headrace explain EVENT.json, or headrace explain --route NAME [FILE]",
+            )
+        events = _read_events(file)
+        if deadline is not None:
+            for event in [events] if isinstance(events, dict) else events:
+                event["deadline"] = deadline
+    with _client() as client:
+        if route is None:
+            explanation = client.quote(events)
+        else:
+            data, kind = (None, None) if file is None else read_data(file, content_type)
+            explanation = client.quote(data, route=route, id=id, deadline=deadline, content_type=kind)
+    if as_json:
+        print_json(explanation)
+    else:
+        for part in render.explanation(explanation):
+            render.console().print(part, soft_wrap=isinstance(part, Text))
+    return GOOD if explanation.refused is None else RUN_FAILED
+
+
+def _read_events(file: str) -> dict[str, Any] | list[dict[str, Any]]:
+    body = read_input(file)
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any] | list[dict[str, Any]])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadRequest(
+            f"{file}: not an event or a list of events: {error}", hint="Send the JSON form of CloudEvents 1.0."
+        ) from error
 
 
 # ---------------------------------------------------------------- runs
@@ -349,13 +407,52 @@ def dead(
     return None
 
 
+Since = Annotated[str | None, Parameter(help='With --simulate: from when on, "24h" ago or an RFC 3339 instant.')]
+Until = Annotated[str | None, Parameter(help="With --simulate: up to when, likewise; now if it is not given.")]
+Policy = Annotated[str | None, Parameter(help="With --simulate: headrace (the default), edf, fifo or priority.")]
+Slots = Annotated[int | None, Parameter(help="With --simulate: how many run at a time; as many as did if not given.")]
+Save = Annotated[Path | None, Parameter(help="With --simulate: keep the records in this file.")]
+From = Annotated[Path | None, Parameter(name="--from", help="With --simulate: take the records from such a file.")]
+
+
 @app.command
-def replay(*ids: str, as_json: AsJson = False) -> int:
-    """Give dead invocations or failed runs another go, as new runs with the functions as they are now.
+def replay(
+    *ids: str,
+    simulate: Annotated[bool, Parameter(negative="", help="Simulate the past; nothing is run.")] = False,
+    since: Since = None,
+    until: Until = None,
+    policy: Policy = None,
+    slots: Slots = None,
+    save: Save = None,
+    from_: From = None,
+    as_json: AsJson = False,
+) -> int:
+    """Give dead work another go, or see what the past would have been under another policy.
+
+    `headrace replay ID...` starts dead invocations or failed runs again, as new runs with the functions as they are
+    now. `headrace replay --simulate --since 24h --policy fifo` runs nothing: it takes what was recorded through the
+    code that decides what starts next, in simulated time, and reports deadlines met, gained and lost.
 
     Args:
         ids: of invocations as `headrace dead --json` has them, or of runs.
     """
+    given = {
+        "--since": since,
+        "--until": until,
+        "--policy": policy,
+        "--slots": slots,
+        "--save": save,
+        "--from": from_,
+    }
+    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    if simulate:
+        if ids:
+            raise BadRequest("--simulate takes no id", hint="Leave out --simulate to give dead work another go.")
+        _become("replay", [*options, *(["--json"] if as_json else [])])
+    if options:
+        raise BadRequest(
+            f"{options[0]} goes with --simulate only", hint="Add --simulate; to give dead work another go, name its id."
+        )
     if not ids:
         raise BadRequest("no id is given", hint="`headrace dead` lists what can be replayed.")
     key = new_id()  # one for all: several branches of one run start it again once

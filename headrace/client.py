@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -23,13 +23,17 @@ from headrace.events import BATCH, STRUCTURED, new_id, to_json
 from headrace.following import read
 from headrace.handle import AsyncRun
 from headrace.model import (
+    Admission,
     Code,
     DeadPage,
     DeadView,
     Event,
     EventFilter,
+    Explanation,
     FunctionOptions,
     FunctionView,
+    HistoryPage,
+    OnLate,
     Replaying,
     Revision,
     Route,
@@ -132,11 +136,14 @@ class AsyncClient:
 
     async def put_packed(self, packed: Sequence[Packed]) -> list[FunctionView]:
         """Register functions that are already packed, and their routes."""
-        views = [await self.put_function(e.declaration.name, e.code, e.declaration.options, e.doc) for e in packed]
+        views: dict[str, FunctionView] = {}
+        for each in sorted(packed, key=_has_variants):  # those come first that others name as their variants
+            name, options = each.declaration.name, each.declaration.options
+            views[name] = await self.put_function(name, each.code, options, each.doc)
         for each in packed:  # after all functions: a run that starts at once finds its follow-ups registered
             for route_name, route in each.declaration.routes.items():
                 await self.put_route(route_name, route)
-        return views
+        return [views[each.declaration.name] for each in packed]
 
     async def put_function(
         self, name: str, code: Code, options: FunctionOptions | None = None, doc: str = ""
@@ -155,9 +162,11 @@ class AsyncClient:
         source: str | None = None,
         subject: str | None = None,
         deadline: str | None = None,
-        on_late: Literal["continue", "cancel"] = "continue",
+        on_late: OnLate = "continue",
         max_in_flight: int | None = None,
         revision: Revision | Mapping[str, Any] | None = None,
+        admission: Admission = "always",
+        newest_wins: bool = False,
     ) -> RouteView:
         """Register a route to a registered function, with the meaning that ``headrace.on`` gives to each word.
 
@@ -173,6 +182,8 @@ class AsyncClient:
             on_late=on_late,
             max_in_flight=max_in_flight,
             revision=revision_of(revision),
+            admission=admission,
+            newest_wins=newest_wins,
         )
         return await self.put_route(name, route)
 
@@ -212,21 +223,17 @@ class AsyncClient:
             data: bytes go as they are; text with a ``content_type`` too; everything else goes as JSON.
             id: the event id; the same id on the same route is the same run. One is made if none is given.
             deadline: by when the answer is due instead of the route's: "60s", seconds, or an instant.
-            wait: return only when the run has ended, or after this many seconds.
+            wait: return only when the run has its answer or has ended, or after this many seconds.
             content_type: what the bytes or the text are.
 
         Raises:
             NotFound: there is no such route.
             Conflict: the id was used with other data.
+            Infeasible: the route is strict, and the answer is not expected in time; nothing was started.
             Overloaded: the platform takes no more at the moment; nothing was started.
         """
         payload = _payload(data, content_type)
-        headers = {
-            "Content-Type": _one_line(payload.type, "content_type"),
-            "Idempotency-Key": _one_line(id or new_id(), "id"),
-        }
-        if deadline is not None:
-            headers["Headrace-Deadline"] = _one_line(_deadline(deadline), "deadline")
+        headers = _trigger_headers(payload, id or new_id(), deadline)
         door_s = 0.0 if wait is None else min(float(wait), _DOOR_WAIT_S_MAX)
         if door_s > 0.0:
             headers["Prefer"] = f"wait={math.ceil(door_s)}"
@@ -241,7 +248,7 @@ class AsyncClient:
         if wait is not None:
             with suppress(TimeoutError, PlatformUnreachable):  # it is accepted all the same
                 async with asyncio.timeout(max(0.0, wait - (time.monotonic() - began))):
-                    await run.ended()
+                    await run.answered()
         return run
 
     async def publish(self, events: Event | Mapping[str, Any] | Sequence[Event | Mapping[str, Any]]) -> list[AsyncRun]:
@@ -249,12 +256,45 @@ class AsyncClient:
 
         An event may also be a mapping in the JSON form of CloudEvents. No run is returned where no route takes it.
         """
-        if isinstance(events, Event | Mapping):
-            kind, body = STRUCTURED, to_json(events)
-        else:
-            kind, body = BATCH, b"[" + b",".join(to_json(each) for each in events) + b"]"
+        kind, body = _events(events)
         answer = await self._http.ask("POST", "/v1/events", body=body, headers={"Content-Type": kind})
         return [AsyncRun(self, ref.run_id, ref=ref) for ref in read(answer, _Started).runs]
+
+    async def quote(
+        self,
+        what: Any = None,
+        *,
+        route: str | None = None,
+        id: str | None = None,  # noqa: A002 - the CloudEvents attribute is called so
+        deadline: str | float | datetime | None = None,
+        content_type: str | None = None,
+    ) -> Explanation:
+        """Ask what would come of an event, a batch or a trigger if it were sent now. Nothing is started.
+
+        Args:
+            what: what ``publish`` takes; with ``route``, the data that ``trigger`` takes.
+            route: the route to trigger by its name.
+            id: with ``route``: the event id.
+            deadline: with ``route``: by when the answer is due instead of the route's, as for ``trigger``.
+            content_type: with ``route``: what the bytes or the text are.
+
+        Raises:
+            NotFound: there is no such route.
+            BadRequest: it would be refused for what is in it.
+        """
+        if route is None:
+            kind, body = _events(what)
+            answer = await self._http.ask("POST", "/v1/quote", body=body, headers={"Content-Type": kind})
+        else:
+            payload = _payload(what, content_type)
+            answer = await self._http.ask(
+                "POST",
+                "/v1/quote",
+                body=payload.body,
+                headers=_trigger_headers(payload, id, deadline),
+                params={"route": check_name(route, "route name")},
+            )
+        return read(answer, Explanation)
 
     # ------------------------------------------------------------ runs
 
@@ -280,9 +320,12 @@ class AsyncClient:
         """
         return await following.answer(self._http, run_id, timeout)
 
-    async def answer_now(self, run_id: str) -> Payload | None:
-        """Return the answer of a run, or None while there is none; raises what ``answer`` raises."""
-        return await following.answer_now(self._http, run_id)
+    async def answer_now(self, run_id: str, level: int | None = None) -> Payload | None:
+        """Return the answer of a run, or None while there is none; raises what ``answer`` raises.
+
+        Of several answers it is the best, or with ``level`` the one of this fidelity.
+        """
+        return await following.answer_now(self._http, run_id, level)
 
     async def runs(
         self,
@@ -360,6 +403,22 @@ class AsyncClient:
         ref = read(answer, Replaying)
         return AsyncRun(self, ref.run_id, ref=ref)
 
+    async def history(
+        self, since: str | datetime, until: str | datetime | None = None
+    ) -> AsyncGenerator[HistoryPage, None]:
+        """Yield what has ended from one instant on and before another (now, if not given), page by page.
+
+        The pages are in the order of the log. Both instants are given as for ``runs``.
+        """
+        given = {"since": _instant(since), "until": _instant(until), "limit": str(PAGE_RUNS_MAX)}
+        query = {name: value for name, value in given.items() if value is not None}
+        while True:
+            page = read(await self._http.ask("GET", "/v1/history", params=query), HistoryPage)
+            yield page
+            if page.next is None:
+                return
+            query["cursor"] = page.next
+
     async def cancel(self, run_id: str) -> None:
         """Stop a run: what waits is dropped, what runs is stopped. Canceling twice is one wish.
 
@@ -394,6 +453,11 @@ class AsyncClient:
         return await self._http.ask(method, path, body=body, headers={"Content-Type": JSON})
 
 
+def _has_variants(packed: Packed) -> bool:
+    options = packed.declaration.options
+    return options is not None and bool(options.variants)
+
+
 def doc_of(fn: object) -> str:
     """Return the docstring of a function of the user's own; a callable object has its class's, which says nothing."""
     return (inspect.getdoc(fn) or "") if inspect.isroutine(fn) else ""
@@ -404,6 +468,26 @@ def _payload(data: Any, content_type: str | None) -> Payload:
         return to_payload(data)
     body = data.encode() if isinstance(data, str) else to_payload(data).body
     return Payload(type=content_type, body=body, size=len(body))
+
+
+def _trigger_headers(
+    payload: Payload,
+    id: str | None,  # noqa: A002 - the CloudEvents attribute is called so
+    deadline: str | float | datetime | None,
+) -> dict[str, str]:
+    headers = {"Content-Type": _one_line(payload.type, "content_type")}
+    if id is not None:
+        headers["Idempotency-Key"] = _one_line(id, "id")
+    if deadline is not None:
+        headers["Headrace-Deadline"] = _one_line(_deadline(deadline), "deadline")
+    return headers
+
+
+def _events(events: Event | Mapping[str, Any] | Sequence[Event | Mapping[str, Any]]) -> tuple[str, bytes]:
+    """Return one event or a batch in the form that goes over HTTP, with its content type."""
+    if isinstance(events, Event | Mapping):
+        return STRUCTURED, to_json(events)
+    return BATCH, b"[" + b",".join(to_json(each) for each in events) + b"]"
 
 
 def _instant(since: str | datetime | None) -> str | None:

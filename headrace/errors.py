@@ -6,6 +6,7 @@
     │   └── TooLarge          a limit on size or number was passed
     ├── NotFound              there is nothing of that name or id
     ├── Conflict              the request contradicts what is already recorded
+    ├── Infeasible            refused because the answer is not expected in time (``quote``)
     ├── Unauthorized          the token is missing or wrong
     ├── Overloaded            refused now, welcome later (``retry_after_s``)
     │   └── Unavailable       a part of the platform does not answer
@@ -27,7 +28,10 @@ the same call may succeed when it is simply made again.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from headrace.model import Quote
 
 
 class HeadraceError(Exception):
@@ -69,6 +73,16 @@ class Conflict(HeadraceError):
     """The request contradicts what is already recorded."""
 
     title = "Conflict with what is already recorded"
+
+
+class Infeasible(HeadraceError):
+    """Refused by a route with strict admission: the answer is not expected before the deadline. Nothing was started."""
+
+    title = "Not expected in time"
+
+    def __init__(self, message: str, *, hint: str = "", quote: Quote | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.quote = quote
 
 
 class Unauthorized(HeadraceError):

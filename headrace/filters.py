@@ -30,6 +30,18 @@ def takes(rule: EventFilter, event: Attributes) -> bool:
     return _fits(rule.type, event.type) and _fits(rule.source, event.source) and _fits(rule.subject, event.subject)
 
 
+def why_not(rule: EventFilter, event: Attributes) -> str:
+    """Return in one sentence which attributes keep an event from a filter; nothing where it is taken."""
+    differing: list[str] = []
+    for name in ("type", "source", "subject"):
+        wanted, found = getattr(rule, name), getattr(event, name)
+        if not _fits(wanted, found):
+            has = "there is no " + name if found is None else f"{name} is {found!r}"
+            begins = wanted.startswith(PREFIX)
+            differing.append(f"{has}, not {'one that begins with ' if begins else ''}{wanted.removeprefix(PREFIX)!r}")
+    return "; ".join(differing)
+
+
 def _fits(wanted: str | None, found: str | None) -> bool:
     if wanted is None:
         return True

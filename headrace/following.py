@@ -95,14 +95,15 @@ async def view(http: Transport, run_id: str) -> RunView:
     return read(await http.ask("GET", f"/v1/runs/{check_name(run_id, 'run id')}"), RunView)
 
 
-async def answer_now(http: Transport, run_id: str) -> Payload | None:
-    """Return the answer of a run, or None while there is none.
+async def answer_now(http: Transport, run_id: str, level: int | None = None) -> Payload | None:
+    """Return the answer of a run, or None while there is none; of several the best, or with ``level`` that one.
 
     Raises:
         RunFailed: the run ended without one.
-        NotFound: there is no run of this id.
+        NotFound: there is no run of this id, or it has no answer of this level.
     """
-    found = await http.request("GET", f"/v1/runs/{check_name(run_id, 'run id')}/result")
+    wanted = "" if level is None else f"?level={level:d}"
+    found = await http.request("GET", f"/v1/runs/{check_name(run_id, 'run id')}/result{wanted}")
     if found.status == 202:
         return None
     if found.status == 410:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from headrace.answers import value_of
-from headrace.following import is_end
-from headrace.model import FINAL, Quote, RunRef, RunState, RunView, StreamEvent
+from headrace.following import has_answer, is_end
+from headrace.model import FINAL, Fidelity, Quote, RunRef, RunState, RunView, StreamEvent
 from headrace.transport import delays
 from headrace.wire import Payload
 
@@ -24,6 +24,9 @@ class Platform(Protocol):
 
     async def answer(self, run_id: str, timeout: float | None) -> Payload:
         """Wait for the answer."""
+
+    async def answer_now(self, run_id: str, level: int | None = None) -> Payload | None:
+        """Return the answer, or the one of this level."""
 
     def events(self, path: str, after: int | None = None) -> AsyncGenerator[StreamEvent, None]:
         """Yield the events of a path."""
@@ -83,6 +86,15 @@ class AsyncRun:
             timeout = max(timeout, _READABLE_S)  # it has ended, so this is not about waiting for it
         return await self._platform.answer(self.run_id, timeout)
 
+    async def result_at(self, level: int) -> Any:
+        """Return one of several answers: that of the variant of this level, whatever came after it.
+
+        Raises:
+            NotFound: there is no answer of this level (yet); ``view().answers`` tells which there are.
+        """
+        payload = await self._platform.answer_now(self.run_id, level)
+        return None if payload is None else value_of(payload)
+
     async def follow(self, after: int | None = None) -> AsyncGenerator[StreamEvent, None]:
         """Yield what happens in the run, from its acceptance to its end, across lost connections without a gap.
 
@@ -95,15 +107,34 @@ class AsyncRun:
                 if is_end(event):
                     return
 
+    async def answered(self) -> RunView:
+        """Wait until the run has its answer, or has ended without one, and return it as it is then.
+
+        Of several answers this is the first; ``ended`` waits for the best.
+        """
+        return await self._seen_as(has_answer, lambda view: view.answered_at is not None or view.state in FINAL)
+
+    async def fidelity(self) -> Fidelity | None:
+        """Return how good the answer is that there is now; None where there is none, or its function has no variants.
+
+        Asks the platform.
+        """
+        return (await self.view()).fidelity
+
     async def ended(self) -> RunView:
         """Wait until the run has ended, however that may be, and return it as it is then."""
+        return await self._seen_as(is_end, lambda view: view.state in FINAL)
+
+    async def _seen_as(self, told: Callable[[StreamEvent], bool], seen: Callable[[RunView], bool]) -> RunView:
+        """Wait until an event tells something of the run, and then until its view says so too."""
         async with aclosing(self.follow()) as events:
-            async for _ in events:
-                pass
+            async for event in events:
+                if told(event):
+                    break
         waits = delays()
         while True:
             view = await self.view()
-            if view.state in FINAL:
+            if seen(view):
                 return view
             await asyncio.sleep(next(waits))  # what was told is not readable yet
 

@@ -17,6 +17,8 @@ RunState = Literal["accepted", "running", "succeeded", "failed", "canceled"]
 InvocationState = Literal["queued", "running", "succeeded", "failed", "canceled", "dead"]
 JobState = Literal["new", "queued", "held", "active", "completed", "failed", "canceled"]
 Verdict = Literal["on_track", "at_risk", "infeasible", "unknown"]
+Admission = Literal["always", "strict"]
+OnLate = Literal["continue", "cancel", "degrade"]
 
 RUN_STATES: dict[RunState, str] = {
     "accepted": "In the log, synced to disk; no function has started yet.",
@@ -30,7 +32,7 @@ INVOCATION_STATES: dict[InvocationState, str] = {
     "running": "A worker's child runs it. Told once it has run for a moment; shorter ones go straight to their end.",
     "succeeded": "Its outcome and effects are committed. Final.",
     "failed": "It could not be done, without an attempt of its own (a member of its map failed). Final.",
-    "canceled": "Its run was canceled before it ended. Final.",
+    "canceled": "Its run was canceled before it ended, or had a better answer before it began. Final.",
     "dead": "Its last allowed attempt failed; `headrace dead` lists it. Final.",
 }
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "dead"})
@@ -81,22 +83,31 @@ class Revision(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
 class Route(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A rule from events to a function. Without a filter it is reached by its name only.
 
-    ``deadline`` counts from acceptance, as "60s", "10m", "1h" or "500ms".
+    ``deadline`` counts from acceptance, as "60s", "10m", "1h" or "500ms". What is late goes on, is canceled, or
+    (``on_late`` "degrade") is answered in time by a cheaper variant of its function. ``admission`` "strict" refuses an
+    event whose answer is not expected in time. With ``newest_wins`` an event that still waits is dropped when a later
+    one of the same source and subject is accepted.
     """
 
     function: str
     filter: EventFilter | None = None
     deadline: str | None = None
-    on_late: Literal["continue", "cancel"] = "continue"
+    on_late: OnLate = "continue"
     max_in_flight: int | None = None
     revision: Revision | None = None
+    admission: Admission = "always"
+    newest_wins: bool = False
 
 
 class FunctionOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What ``@function(...)`` takes. ``timeout`` is a duration as in a route; ``retries`` follow the first attempt."""
+    """What ``@function(...)`` takes. ``timeout`` is a duration as in a route; ``retries`` follow the first attempt.
+
+    ``variants`` names functions that answer the same payload more cheaply, the best one first.
+    """
 
     timeout: str = "60s"
     retries: int = 0
+    variants: list[str] = []
 
 
 class Code(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -115,8 +126,22 @@ class Code(Struct, frozen=True, kw_only=True, omit_defaults=True):
     python: str = ""
 
 
+class DurationView(Struct, frozen=True, kw_only=True):
+    """What is expected of a duration, in seconds, and how many were seen so far."""
+
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    observations: int
+
+
 class FunctionView(Struct, frozen=True, kw_only=True):
-    """A registered function, as ``GET /v1/functions/{name}`` shows it."""
+    """A registered function, as ``GET /v1/functions/{name}`` shows it.
+
+    ``expected`` tells what was learned of it, as far as anything was: how long it will ``run``, how long it is from its
+    start to the ``answer`` of the run, how long from its end is the ``rest`` of the way to it, and how long a first
+    invocation will ``wait`` where little else waits.
+    """
 
     name: str
     version: str
@@ -124,6 +149,7 @@ class FunctionView(Struct, frozen=True, kw_only=True):
     registered_at: str
     doc: str = ""
     source: str = ""
+    expected: dict[str, DurationView] = {}
 
 
 class RouteView(Struct, frozen=True, kw_only=True):
@@ -142,7 +168,13 @@ class Quote(Struct, frozen=True, kw_only=True):
 
 
 class TimeLedger(Struct, frozen=True, kw_only=True):
-    """Where the time of a run went, in seconds along the path to its answer; the parts sum to the whole."""
+    """Where the time of a run went, in seconds along the path to its answer; the parts sum to the whole.
+
+    ``gateway_s``: until the log had the trigger. ``lane_s``: waiting for a worker, for the next attempt, for the end of
+    a delay. ``stage_in_s``: bringing payloads and data to the function. ``queue_s``: in the queue of a batch system.
+    ``run_s``: running, attempts that failed included. ``stage_out_s``: keeping data. ``commit_s``: until the log had
+    what an invocation did and asked for.
+    """
 
     gateway_s: float = 0.0
     lane_s: float = 0.0
@@ -165,11 +197,19 @@ class TimeLedger(Struct, frozen=True, kw_only=True):
         )
 
 
+class Fidelity(Struct, frozen=True, kw_only=True):
+    """How good an answer is: level 0 is the full function's, ``of - 1`` the cheapest variant's."""
+
+    level: int
+    function: str
+    of: int
+
+
 class ErrorInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why something failed.
 
     ``kind`` is load, user, memory, limit, timeout, lost, deadline, expired, unreadable, map, canceled, superseded,
-    retracted or thread.
+    retracted, thread or answered.
     """
 
     kind: str
@@ -244,11 +284,31 @@ class ReplayView(Struct, frozen=True, kw_only=True):
     invocation_id: str
 
 
+class AnswerLinks(Struct, frozen=True, kw_only=True, omit_defaults=True, rename="kebab"):
+    """Where an answer is, and those before and after it: relative URLs."""
+
+    self: str
+    predecessor_version: str | None = None
+    successor_version: str | None = None
+
+
+class AnswerView(Struct, frozen=True, kw_only=True):
+    """One of the answers of a run that gave several, each better than the one before."""
+
+    invocation_id: str
+    fidelity: Fidelity
+    answered_at: str
+    in_time: bool | None
+    links: AnswerLinks
+
+
 class RunView(Struct, frozen=True, kw_only=True):
     """A run as ``GET /v1/runs/{id}`` shows it, with its first 1,000 invocations; ``invocations_total`` counts all.
 
     ``thread`` holds the keys by which its event can be revised. Then ``superseded_by`` is the run of the next revision,
-    and ``retracted_by`` the run of the event that took it back.
+    and ``retracted_by`` the run of the event that took it back. Where functions have variants, ``fidelity`` is that of
+    the best answer there is, and ``answers`` holds all of them, the first one first; ``answered_at``, ``deadline_met``
+    and the time to solution are about the first.
     """
 
     run_id: str
@@ -275,6 +335,77 @@ class RunView(Struct, frozen=True, kw_only=True):
     thread: list[str] = []
     superseded_by: str | None = None
     retracted_by: str | None = None
+    fidelity: Fidelity | None = None
+    answers: list[AnswerView] = []
+
+
+class Refusal(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the door would answer instead of a 202, as in a problem."""
+
+    status: int
+    title: str
+    detail: str
+    hint: str = ""
+
+
+class ChoiceView(Struct, frozen=True, kw_only=True):
+    """One way to the answer that was thought of: what runs first, and what is expected of it from acceptance on.
+
+    ``why`` says of one that is not chosen why it is not.
+    """
+
+    function: str
+    version: str
+    quote: Quote
+    chosen: bool
+    why: str = ""
+
+
+class PartView(Struct, frozen=True, kw_only=True):
+    """A part of the expected time: ``ahead`` (other work that waits now), ``wait`` (the way to a worker), ``run`` (the
+    first function) and ``rest`` (all that follows it, up to the answer)."""
+
+    part: Literal["ahead", "wait", "run", "rest"]
+    p50_s: float
+    p90_s: float
+
+
+class RouteExplanation(Struct, frozen=True, kw_only=True):
+    """What one route would make of an event. All but ``why`` is empty where it does not fire.
+
+    ``duplicate_of`` is the run that an earlier sending started. ``overruled_by`` is the run of a later revision, for
+    which this one would end at once; ``overrules`` are the runs that it would end, or replace while they wait.
+    ``plan`` holds the ways that were thought of, ``parts`` where the time of the chosen one is expected to go.
+    """
+
+    route: str
+    fires: bool
+    why: str = ""
+    function: str | None = None
+    version: str | None = None
+    deadline: str | None = None
+    lane: int | None = None
+    quote: Quote | None = None
+    duplicate_of: str | None = None
+    refused: Refusal | None = None
+    overruled_by: str | None = None
+    overrules: list[str] = []
+    plan: list[ChoiceView] = []
+    parts: list[PartView] = []
+
+
+class EventExplanation(Struct, frozen=True, kw_only=True):
+    """What would become of one event, route by route, those that fire first."""
+
+    event: EventView
+    routes: list[RouteExplanation]
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    """What would come of sending this: nothing was started. ``refused`` says why none of it would be accepted now."""
+
+    refused: Refusal | None
+    events: list[EventExplanation]
 
 
 class RunPage(Struct, frozen=True, kw_only=True):
@@ -356,6 +487,51 @@ class Audit(Struct, frozen=True, kw_only=True):
     missed_runs: list[str] = []
 
 
+class Recorded(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An invocation that has ended, as the log has it; ``stored_at`` is when its outcome was on disk.
+
+    ``due`` is when it should have ended for the answer to be there by the ``deadline`` of its run; ``size`` is the
+    class of the size of its payload. ``children`` counts what it started in its run. ``fills`` names the joins that
+    waited for it, innermost first, by the invocations that they start. ``answered``: it gave the answer of its run with
+    ``ctx.answer``; ``run_state`` is how the run ended, if it ended with this invocation.
+    """
+
+    run_id: str
+    invocation_id: str
+    function: str
+    version: str
+    tenant: str
+    route: str
+    state: InvocationState
+    accepted_at: str
+    queued_at: str
+    started_at: str
+    ended_at: str
+    stored_at: str
+    worker: str
+    attempts: int = 1
+    parent_id: str | None = None
+    deadline: str | None = None
+    due: str | None = None
+    on_late: str = "continue"
+    size: int = 0
+    children: int = 0
+    fills: list[str] = []
+    answered: bool = False
+    run_state: RunState | None = None
+
+
+class HistoryPage(Struct, frozen=True, kw_only=True):
+    """A page of what has ended, in the order of the log; ``next`` is the cursor of the next page, None at the end.
+
+    ``kept_since`` is the instant of the oldest message that the log still holds, None if it holds none.
+    """
+
+    invocations: list[Recorded]
+    next: str | None
+    kept_since: str | None
+
+
 class SiteView(Struct, frozen=True, kw_only=True):
     """A facility or cloud that runs jobs, as ``GET /v1/sites/{name}`` shows it."""
 
@@ -376,7 +552,10 @@ class StreamEvent(Struct, frozen=True, kw_only=True):
 
 
 class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An error over HTTP as RFC 9457 writes it; ``hint`` is the cure."""
+    """An error over HTTP as RFC 9457 writes it; ``hint`` is the cure.
+
+    ``quote`` comes with the refusal of an event whose answer is not expected in time.
+    """
 
     type: str
     title: str
@@ -384,3 +563,4 @@ class Problem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str
     hint: str = ""
     instance: str | UnsetType = UNSET
+    quote: Quote | UnsetType = UNSET

@@ -61,6 +61,13 @@ def thread_id(tenant: str, route: str, source: str, key: str) -> str:
     return "t" + _digest(tenant, route, source, key, size=16)[:25]
 
 
+def newest_id(tenant: str, route: str, source: str, subject: str | None) -> str:
+    """Derive the key of the events of a source and a subject on a route where the newest one wins: 26 characters."""
+    # Events without a subject are of one kind; none of them is that of an event with a subject.
+    said = ("",) if subject is None else ("s", subject)
+    return "n" + _digest(tenant, route, source, *said, size=16)[:25]
+
+
 def invocation_id(parent: str, position: int | str) -> str:
     """Derive the id of the invocation that ``parent`` (an invocation or a run) starts there: 16 characters."""
     return _digest(parent, str(position), size=10)

@@ -23,8 +23,12 @@ from headrace.clock import parse_instant
 from headrace.model import (
     FINAL,
     DeadView,
+    Explanation,
     FunctionView,
     InvocationView,
+    Quote,
+    Route,
+    RouteExplanation,
     RouteView,
     RunView,
     SiteView,
@@ -43,7 +47,17 @@ _STYLES = {
     "missed": "red",
     "retracted": "red",
     "canceled": "yellow",
+    "superseded": "yellow",
     "degraded": "yellow",
+    "on track": "green",
+    "at risk": "yellow",
+    "infeasible": "red",
+}
+_PARTS = {
+    "ahead": "work that is ahead",
+    "wait": "the way to a worker",
+    "run": "the function",
+    "rest": "what follows it",
 }
 _HARMLESS = frozenset("\n\t")
 _CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, bidirectional and other formats, surrogates
@@ -99,7 +113,7 @@ def runs_table(views: Iterable[RunView], now: float | None = None) -> Table:
         table.add_row(
             _id(view.run_id),
             _text(view.route),
-            _state(view.state if view.retracted_by is None else "retracted"),
+            _state(_fate(view)),
             _text(_moment(view.accepted_at)),
             _text(seconds(view.time_to_solution_s)),
             _deadline(view, time.time() if now is None else now),
@@ -120,9 +134,12 @@ def run_table(view: RunView, now: float | None = None) -> Table:
         ("state", _state(view.state)),
         ("accepted", _text(_moment(view.accepted_at))),
         ("deadline", _deadline(view, time.time() if now is None else now)),
+        ("expected", _expected(view.quote)),
         ("answer after", _text(seconds(view.time_to_solution_s))),
         ("time went to", _text(spent)),
     ]
+    if view.fidelity is not None:
+        facts.append(("fidelity", _text(fidelity(view))))
     if view.thread:
         facts.insert(3, ("thread", _text(one_line(", ".join(view.thread), 300))))
     if view.superseded_by is not None:
@@ -139,6 +156,16 @@ def run_table(view: RunView, now: float | None = None) -> Table:
         if value.plain:
             table.add_row(name, value)
     return table
+
+
+def fidelity(view: RunView) -> str:
+    """Return how good the answer of a run is, and what there was before; empty where there is only one kind."""
+    worth = view.fidelity
+    if worth is None:
+        return ""
+    said = "full" if worth.level == 0 else f"level {worth.level} of {worth.of - 1}"
+    before = [f"level {each.fidelity.level}" for each in view.answers[:-1]]
+    return f"{said} ({worth.function})" + (f", after {' and '.join(before)}" if before else "")
 
 
 def invocations_table(invocations: Iterable[InvocationView]) -> Table:
@@ -179,11 +206,13 @@ def dead_table(views: Iterable[DeadView]) -> Table:
 
 def functions_table(views: Iterable[FunctionView]) -> Table:
     """Return functions, one per line."""
-    table = _table("function", "version", "timeout", ">retries", "registered", "what it does")
+    table = _table("function", "version", ">usually runs", "timeout", ">retries", "registered", "what it does")
     for view in views:
+        usual = view.expected.get("run")
         table.add_row(
             _id(view.name),
             _text(view.version),
+            _text("" if usual is None else f"{seconds(usual.p50_s)} to {seconds(usual.p90_s)}"),
             _text(view.options.timeout),
             _text(view.options.retries),
             _text(_moment(view.registered_at)),
@@ -194,7 +223,7 @@ def functions_table(views: Iterable[FunctionView]) -> Table:
 
 def routes_table(views: Iterable[RouteView]) -> Table:
     """Return routes, one per line."""
-    table = _table("route", "function", "takes", "deadline", "when late", ">in flight at most")
+    table = _table("route", "function", "takes", "deadline", "when late", "admission", ">in flight at most")
     for view in views:
         rule = view.route.filter
         parts = [] if rule is None else [("type", rule.type), ("source", rule.source), ("subject", rule.subject)]
@@ -205,9 +234,79 @@ def routes_table(views: Iterable[RouteView]) -> Table:
             _text(one_line(takes, 100)),
             _text(view.route.deadline or ""),
             _text(view.route.on_late if view.route.deadline else ""),
+            _text(_admission(view.route)),
             _text(view.route.max_in_flight or ""),
         )
     return table
+
+
+def _admission(route: Route) -> str:
+    return ", ".join([route.admission, *(["newest wins"] if route.newest_wins else [])])
+
+
+def explanation(told: Explanation) -> Iterable[Table | Text]:
+    """Yield what would come of an event or a trigger, part by part."""
+    for event in told.events:
+        yield Text(one_line(f"{event.event.type} {event.event.id} from {event.event.source}", 300), "bold")
+        fires = [route for route in event.routes if route.fires]
+        silent = [route for route in event.routes if not route.fires]
+        yield _fires_table(fires) if fires else Text("no route takes this", "yellow")
+        for route in fires:
+            yield from _said_of_route(route)
+        if silent:
+            table = _table("not taken by", "because")
+            for route in silent:
+                table.add_row(_id(route.route), _text(one_line(route.why, 300)))
+            yield table
+    if told.refused is not None:
+        told_before = any(route.refused == told.refused for event in told.events for route in event.routes)
+        why = "" if told_before else f": {one_line(told.refused.detail, 500)}"
+        yield Text(f"It would be refused now ({told.refused.status}){why}", "red")
+        if told.refused.hint:
+            yield Text(f"hint: {one_line(told.refused.hint, 500)}")
+
+
+def _fires_table(routes: Iterable[RouteExplanation]) -> Table:
+    table = _table("route", "function", "version", "deadline", "verdict", ">answer after", ">at most, 9 in 10")
+    for route in routes:
+        quote = route.quote or Quote()
+        table.add_row(
+            _id(route.route),
+            _text(route.function or ""),
+            _text(route.version or ""),
+            _text("" if route.deadline is None else _moment(route.deadline)),
+            _state(quote.verdict.replace("_", " ")),
+            _text(seconds(quote.p50_s)),
+            _text(seconds(quote.p90_s)),
+        )
+    return table
+
+
+def _said_of_route(route: RouteExplanation) -> Iterable[Text | Table]:
+    """Yield what is special about an event on one route, and how its time is expected to go."""
+    name = clean(route.route)
+    if route.duplicate_of is not None:
+        yield Text(f"{name}: it came before, as the run {clean(route.duplicate_of)}; nothing new is started", "yellow")
+    if route.refused is not None:
+        yield Text(f"{name}: refused: {one_line(route.refused.detail, 500)}", "red")
+    if route.overruled_by is not None:
+        yield Text(f"{name}: it would end at once, for the later run {clean(route.overruled_by)}", "yellow")
+    if route.overrules:
+        yield Text(f"{name}: it would take the place of {one_line(', '.join(route.overrules), 300)}")
+    if route.parts:
+        parts = ", ".join(f"{_PARTS[part.part]} {seconds(part.p50_s)}" for part in route.parts)
+        yield Text(f"{name}: of that usually {parts}")
+    if len(route.plan) > 1:
+        table = _table("plan", "version", "verdict", ">answer after", "taken")
+        for choice in route.plan:
+            table.add_row(
+                _id(choice.function),
+                _text(choice.version),
+                _state(choice.quote.verdict.replace("_", " ")),
+                _text(seconds(choice.quote.p50_s)),
+                _text("yes" if choice.chosen else f"no: {one_line(choice.why, 200)}"),
+            )
+        yield table
 
 
 def sites_table(views: Iterable[SiteView]) -> Table:
@@ -285,10 +384,30 @@ def _moment(instant: str) -> str:
     return instant.partition(".")[0].rstrip("Z").replace("T", " ") + "Z"
 
 
+def _expected(quote: Quote) -> Text:
+    """Return what was said at the door; nothing where nothing was known."""
+    if quote.p50_s is None or quote.p90_s is None:
+        return Text("")
+    line = _state(quote.verdict.replace("_", " "))
+    return line.append(f", after {seconds(quote.p50_s)}, 9 in 10 within {seconds(quote.p90_s)}", "")
+
+
+def _fate(view: RunView) -> str:
+    """Return the state, or what ended a run that nothing was wrong with."""
+    if view.retracted_by is not None:
+        return "retracted"
+    return "superseded" if view.state == "canceled" and view.superseded_by is not None else view.state
+
+
 def _deadline(view: RunView, now: float) -> Text:
     if view.deadline_met is not None:
         return _state("met" if view.deadline_met else "missed")
     if view.deadline is None or view.state in FINAL:
         return Text("")
     left = parse_instant(view.deadline) - now
-    return Text(f"in {seconds(left)}") if left >= 0 else Text(f"{seconds(-left)} ago", "red")
+    if left < 0:
+        return Text(f"{seconds(-left)} ago", "red")
+    line = Text(f"in {seconds(left)}")
+    if view.quote.verdict in ("at_risk", "infeasible"):
+        line.append(", ").append(_state(view.quote.verdict.replace("_", " ")))
+    return line

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from headrace.errors import BadRequest
-from headrace.model import Revision
+from headrace.model import Revision, Route
 
 PATH_CHARS_MAX = 256
 RETRACTIONS_MAX = 32
@@ -65,6 +65,20 @@ def check_revision(revision: Revision) -> None:
         )
     if len(revision.retraction) > RETRACTIONS_MAX or "" in revision.retraction:
         raise BadRequest(f"revision: retraction holds an empty text, or more than {RETRACTIONS_MAX}")
+
+
+def check_newest_wins(route: Route) -> None:
+    """Check that a route says in one way only which event takes the place of which.
+
+    Raises:
+        BadRequest: it has both ``revision`` and ``newest_wins``.
+    """
+    if route.newest_wins and route.revision is not None:
+        raise BadRequest(
+            "newest_wins and revision exclude each other: both say which event takes the place of another",
+            hint="Use newest_wins where only the last event counts and its predecessors may be dropped while they "
+            "wait, revision where an event corrects or retracts an earlier one, also one that was answered.",
+        )
 
 
 def _is_path(path: str) -> bool:

@@ -22,12 +22,13 @@ from headrace import groups
 from headrace.binding import Binding
 from headrace.capture import Capture
 from headrace.channel import Channel, HungUp
+from headrace.children import ChildLimits
 from headrace.context import Context
 from headrace.errors import HeadraceError, LoadError, UserError
 from headrace.failures import size_text, told, worth_another_try
 from headrace.loading import Bundle, load
 from headrace.model import ErrorInfo
-from headrace.wire import Ask, ChildLimits, Granted, Invoke, Raised, Returned, Said, encode
+from headrace.wire import Ask, Granted, Invoke, Raised, Returned, Said, encode
 
 STORED_INLINE_BYTES_MAX = 64 * 1024
 NOTE_CHARS_MAX = 1_000
@@ -213,6 +214,7 @@ class Runner:
                 invocation_id=invoke.invocation_id,
                 attempt=invoke.attempt,
                 deadline=invoke.deadline,
+                due=invoke.due,
                 port=self._port,
                 fan_out_max=self._limits.fan_out_max,
             )

@@ -7,15 +7,20 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from headrace.client import PATIENCE_S, AsyncClient
 from headrace.handle import AsyncRun
 from headrace.loopthread import LoopThread
 from headrace.model import (
+    Admission,
     DeadView,
     Event,
+    Explanation,
+    Fidelity,
     FunctionView,
+    HistoryPage,
+    OnLate,
     Quote,
     Revision,
     RouteView,
@@ -27,6 +32,8 @@ from headrace.model import (
 )
 from headrace.packing import pack_file
 from headrace.wire import Payload
+
+T = TypeVar("T")
 
 
 class Run:
@@ -96,9 +103,29 @@ class Run:
         """
         return self._loop.call(self._inner.result, timeout)
 
+    def result_at(self, level: int) -> Any:
+        """Return one of several answers: that of the variant of this level, whatever came after it.
+
+        Raises:
+            NotFound: there is no answer of this level (yet); ``view().answers`` tells which there are.
+        """
+        return self._loop.call(self._inner.result_at, level)
+
     def payload(self, timeout: float | None = None) -> Payload:
         """Wait for the answer and return its bytes with their content type; raises what ``result`` raises."""
         return self._loop.call(self._inner.payload, timeout)
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """How good the answer is that there is now; None without one, or without variants. Asks the platform."""
+        return self._loop.call(self._inner.fidelity)
+
+    def answered(self) -> RunView:
+        """Wait until the run has its answer, or has ended without one, and return it as it is then.
+
+        Of several answers this is the first; ``ended`` waits for the best.
+        """
+        return self._loop.call(self._inner.answered)
 
     def ended(self) -> RunView:
         """Wait until the run has ended, however that may be, and return it as it is then."""
@@ -189,9 +216,11 @@ class Client:
         source: str | None = None,
         subject: str | None = None,
         deadline: str | None = None,
-        on_late: Literal["continue", "cancel"] = "continue",
+        on_late: OnLate = "continue",
         max_in_flight: int | None = None,
         revision: Revision | Mapping[str, Any] | None = None,
+        admission: Admission = "always",
+        newest_wins: bool = False,
     ) -> RouteView:
         """Register a route to a registered function, with the meaning that ``headrace.on`` gives to each word.
 
@@ -210,6 +239,8 @@ class Client:
             on_late=on_late,
             max_in_flight=max_in_flight,
             revision=revision,
+            admission=admission,
+            newest_wins=newest_wins,
         )
 
     def functions(self) -> list[FunctionView]:
@@ -243,12 +274,13 @@ class Client:
             data: bytes go as they are; text with a ``content_type`` too; everything else goes as JSON.
             id: the event id; the same id on the same route is the same run. One is made if none is given.
             deadline: by when the answer is due instead of the route's: "60s", seconds, or an instant.
-            wait: return only when the run has ended, or after this many seconds.
+            wait: return only when the run has its answer or has ended, or after this many seconds.
             content_type: what the bytes or the text are.
 
         Raises:
             NotFound: there is no such route.
             Conflict: the id was used with other data.
+            Infeasible: the route is strict, and the answer is not expected in time; nothing was started.
             Overloaded: the platform takes no more at the moment; nothing was started.
         """
         options: dict[str, Any] = {"id": id, "deadline": deadline, "wait": wait, "content_type": content_type}
@@ -260,6 +292,31 @@ class Client:
         An event may also be a mapping in the JSON form of CloudEvents. No run is returned where no route takes it.
         """
         return [Run(each, self._loop) for each in self._loop.call(self._inner.publish, events)]
+
+    def quote(
+        self,
+        what: Any = None,
+        *,
+        route: str | None = None,
+        id: str | None = None,  # noqa: A002 - the CloudEvents attribute is called so
+        deadline: str | float | datetime | None = None,
+        content_type: str | None = None,
+    ) -> Explanation:
+        """Ask what would come of an event, a batch or a trigger if it were sent now. Nothing is started.
+
+        Args:
+            what: what ``publish`` takes; with ``route``, the data that ``trigger`` takes.
+            route: the route to trigger by its name.
+            id: with ``route``: the event id.
+            deadline: with ``route``: by when the answer is due instead of the route's, as for ``trigger``.
+            content_type: with ``route``: what the bytes or the text are.
+
+        Raises:
+            NotFound: there is no such route.
+            BadRequest: it would be refused for what is in it.
+        """
+        options: dict[str, Any] = {"route": route, "id": id, "deadline": deadline, "content_type": content_type}
+        return self._loop.call(self._inner.quote, what, **options)
 
     # ------------------------------------------------------------ runs
 
@@ -335,6 +392,13 @@ class Client:
         """
         self._loop.call(self._inner.cancel, run_id)
 
+    def history(self, since: str | datetime, until: str | datetime | None = None) -> Generator[HistoryPage, None, None]:
+        """Yield what has ended from one instant on and before another (now, if not given), page by page.
+
+        The pages are in the order of the log. Both instants are given as for ``runs``.
+        """
+        return _drawn(self._loop, self._inner.history(since, until))
+
     def stream(self, after: int | None = None) -> Generator[StreamEvent, None, None]:
         """Yield what happens in all runs, for ever, from now on or after the event with the ``seq`` ``after``."""
         return _drawn(self._loop, self._inner.stream(after))
@@ -351,10 +415,10 @@ def _close(inner: AsyncClient, loop: LoopThread) -> None:
     loop.close(inner.close)
 
 
-def _drawn(loop: LoopThread, events: AsyncGenerator[StreamEvent, None]) -> Generator[StreamEvent, None, None]:
+def _drawn(loop: LoopThread, events: AsyncGenerator[T, None]) -> Generator[T, None, None]:
     """Yield what the loop's thread yields, one by one, as it is asked for."""
 
-    async def draw() -> StreamEvent | None:
+    async def draw() -> T | None:
         return await anext(events, None)
 
     async def close() -> None:

@@ -14,7 +14,15 @@ from rich.text import Text
 
 from headrace import render
 from headrace.answers import value_of
-from headrace.errors import BadRequest, HeadraceError, LoadError, Overloaded, PlatformUnreachable, RunFailed
+from headrace.errors import (
+    BadRequest,
+    HeadraceError,
+    Infeasible,
+    LoadError,
+    Overloaded,
+    PlatformUnreachable,
+    RunFailed,
+)
 from headrace.media import is_json
 from headrace.wire import BYTES, JSON, Payload
 
@@ -101,7 +109,7 @@ def tell(error: HeadraceError) -> int:
         render.console(sys.stderr).print(Text(render.clean(error.traceback.rstrip())), soft_wrap=True)
     if isinstance(error, PlatformUnreachable | Overloaded):
         return UNREACHABLE
-    return RUN_FAILED if isinstance(error, RunFailed) else WRONG_USAGE
+    return RUN_FAILED if isinstance(error, RunFailed | Infeasible) else WRONG_USAGE
 
 
 def _line(text: str) -> None:

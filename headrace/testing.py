@@ -13,7 +13,8 @@
 
 Functions are called in this process, with a real ``Context`` and with payloads that were encoded and decoded as on the
 platform, so that what cannot travel fails here too. The order is always the same. Time is virtual: a delay or a retry
-takes none. A ``timeout`` is not enforced, and what ``ctx.emit`` publishes is collected, not delivered.
+takes none; nothing was learned of how long steps take, so ``ctx.budget_left()`` is all of ``ctx.time_left()``. A
+``timeout`` is not enforced, and what ``ctx.emit`` publishes is collected, not delivered.
 """
 
 from __future__ import annotations
@@ -66,13 +67,17 @@ class Bench:
             for fn in _declared_in(each) if isinstance(each, ModuleType) else [each]:
                 self._functions[function_name(fn)] = Binding(fn, function_name(fn))
 
-    def fire(self, function: str | Callable[..., Any], data: Any = None, *, deadline: str | None = None) -> Trace:
+    def fire(
+        self, function: str | Callable[..., Any], data: Any = None, *, deadline: str | None = None, rung: int = 0
+    ) -> Trace:
         """Start a run of a function with this data, or with an ``Event``, and return what came of it.
 
         Args:
             function: one of the bench.
             data: the payload, encoded as on the platform; or an event, whole.
             deadline: by when the answer is due; else as its route says.
+            rung: which variant runs of functions that have some: 0 the full function, 1 the first of its variants. The
+                full one does not follow here.
 
         Raises:
             NotFound: the bench does not hold the function.
@@ -80,12 +85,12 @@ class Bench:
         name = function_name(function)
         route = next((r for _, r in self._routes() if r.function == name), Route(function=name))
         event = data if isinstance(data, Event) else self._triggered(name, data)
-        return self._fire(name, event, name, route, deadline)
+        return self._fire(name, event, name, route, deadline, rung)
 
     def publish(self, event: Event) -> list[Trace]:
         """Start a run on every declared route that takes the event, by name, and return what came of each."""
         found = [(name, route) for name, route in self._routes() if route.filter and takes(route.filter, event)]
-        return [self._fire(route.function, event, name, route, None) for name, route in sorted(found)]
+        return [self._fire(route.function, event, name, route, None, 0) for name, route in sorted(found)]
 
     def binding(self, name: str, what: str = "") -> Binding:
         """Return a function of the bench.
@@ -124,7 +129,7 @@ class Bench:
             declared = declaration(binding.function)
             yield from (declared.routes if declared else {}).items()
 
-    def _fire(self, name: str, event: Event, route_name: str, route: Route, deadline: str | None) -> Trace:
+    def _fire(self, name: str, event: Event, route_name: str, route: Route, deadline: str | None, rung: int) -> Trace:
         due = deadline or event.extensions.get("deadline") or route.deadline
         trace = Trace(
             run_id=run_id(_TENANT, event.source, event.id, route_name),
@@ -142,7 +147,7 @@ class Bench:
             dataschema=event.dataschema,
             extensions=event.extensions,
         )
-        VirtualRun(self, trace, cancel_late=route.on_late == "cancel").run(name, meta, _payload_of(event))
+        VirtualRun(self, trace, cancel_late=route.on_late == "cancel", rung=rung).run(name, meta, _payload_of(event))
         return trace
 
     def _triggered(self, name: str, data: Any) -> Event:
@@ -153,10 +158,10 @@ class Bench:
         )
 
 
-def fire(function: Callable[..., Any], data: Any = None, *, deadline: str | None = None) -> Trace:
+def fire(function: Callable[..., Any], data: Any = None, *, deadline: str | None = None, rung: int = 0) -> Trace:
     """Start a run of a function whose follow-ups are declared in its own module; see ``Bench.fire``."""
     module = sys.modules.get(function.__module__)
-    return Bench(*([module] if module else []), function).fire(function, data, deadline=deadline)
+    return Bench(*([module] if module else []), function).fire(function, data, deadline=deadline, rung=rung)
 
 
 def _declared_in(module: ModuleType) -> list[Callable[..., Any]]:

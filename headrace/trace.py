@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import NotFound, RunCanceled, RunFailed
-from headrace.model import ErrorInfo, Event, InvocationState, RunState
+from headrace.model import ErrorInfo, Event, Fidelity, InvocationState, RunState
 from headrace.sdk import function_name
 from headrace.wire import Effect
 
 
 @dataclass
 class Step:
-    """One invocation: what it got, what it did, and how it ended. ``at_s`` is the virtual time since acceptance."""
+    """One invocation: what it got, what it did, and how it ended. ``at_s`` is the virtual time since acceptance.
+
+    ``fidelity`` is set where its function is a variant, or has some.
+    """
 
     invocation_id: str
     parent_id: str | None
@@ -30,6 +33,7 @@ class Step:
     effects: list[Effect] = field(default_factory=list)
     log: list[tuple[str, str]] = field(default_factory=list)
     progress: list[tuple[float, str]] = field(default_factory=list)
+    fidelity: Fidelity | None = None
 
 
 @dataclass

@@ -22,6 +22,7 @@ from headrace.errors import (
     BadRequest,
     Conflict,
     HeadraceError,
+    Infeasible,
     NotFound,
     Overloaded,
     PlatformUnreachable,
@@ -31,7 +32,7 @@ from headrace.errors import (
     Unauthorized,
     Unavailable,
 )
-from headrace.model import Problem
+from headrace.model import Problem, Quote
 
 CONNECT_S_MAX = 5.0
 ANSWER_S_MAX = 30.0
@@ -57,6 +58,7 @@ _ERRORS: dict[int, type[HeadraceError]] = {
 }
 _SLUGS: dict[str, type[HeadraceError]] = {
     "bad-name": BadName,
+    "infeasible": Infeasible,
     "unknown-function": BadRequest,
     "run-retracted": RunRetracted,
 }
@@ -255,6 +257,7 @@ def _retry_after(text: str | None) -> float:
 def problem(answer: Answer) -> HeadraceError:
     """Return the error that an answer of 400 and above tells."""
     kind = _ERRORS.get(answer.status, HeadraceError)
+    quote: Quote | None = None
     try:
         told = msgspec.json.decode(answer.body, type=Problem)
     except msgspec.MsgspecError:  # a proxy in between, or no Headrace at all
@@ -262,6 +265,9 @@ def problem(answer: Answer) -> HeadraceError:
     else:
         kind = _SLUGS.get(told.type.removeprefix(_URN), kind)
         message, hint = told.detail or told.title, told.hint
+        quote = told.quote or None
+    if issubclass(kind, Infeasible):
+        return kind(message, hint=hint, quote=quote)
     if issubclass(kind, Overloaded):
         return kind(message, hint=hint, retry_after_s=answer.retry_after_s or 1.0)
     return kind(message, hint=hint)

@@ -19,7 +19,7 @@ from headrace.binding import Binding
 from headrace.context import Context
 from headrace.errors import NotFound, TooLarge, UserError
 from headrace.failures import told, worth_another_try
-from headrace.model import ErrorInfo, Event
+from headrace.model import ErrorInfo, Event, Fidelity
 from headrace.names import invocation_id
 from headrace.sdk import declaration
 from headrace.trace import Step, Trace
@@ -94,10 +94,11 @@ class _Scope:
 class VirtualRun:
     """One run, from its event to its end; what happens is written into ``trace``."""
 
-    def __init__(self, stage: Stage, trace: Trace, *, cancel_late: bool) -> None:
+    def __init__(self, stage: Stage, trace: Trace, *, cancel_late: bool, rung: int) -> None:
         self._stage = stage
         self._trace = trace
         self._cancel_late = cancel_late
+        self._rung = rung
         self._queue: list[_Work] = []
         self._turns = 0
         self._scopes: dict[str, _Scope] = {}
@@ -129,7 +130,9 @@ class VirtualRun:
     # ------------------------------------------------------------ one invocation
 
     def _take(self, work: _Work) -> None:
+        work, worth = self._on_rung(work)
         step = Step(work.invocation_id, work.parent_id, work.function, _shown(work.payload), work.at_s)
+        step.fidelity = worth
         self._trace.steps.append(step)
         self._trace.state = "running"
         late = self._trace.deadline is not None and BEGIN + work.at_s > self._trace.deadline
@@ -147,6 +150,16 @@ class VirtualRun:
                 return
             pause_s = min(_RETRY_S_MAX, _FIRST_RETRY_S * 2.0 ** (step.attempts - 1))
             work = work._replace(at_s=work.at_s + pause_s)
+
+    def _on_rung(self, work: _Work) -> tuple[_Work, Fidelity | None]:
+        """Return the work as the variant does it that was asked for, and what that is worth."""
+        declared = declaration(self._stage.binding(work.function).function)
+        variants = declared.options.variants if declared and declared.options else []
+        if not variants:
+            return work, None
+        level = min(self._rung, len(variants))
+        name = [work.function, *variants][level]
+        return work._replace(function=name), Fidelity(level=level, function=name, of=1 + len(variants))
 
     def _attempt(self, work: _Work, step: Step, binding: Binding) -> bool:
         """Call the body once; return whether it went well."""

@@ -14,6 +14,7 @@ from msgspec import Struct
 from headrace.model import (
     Code,
     ErrorInfo,
+    Fidelity,
     FunctionOptions,
     InvocationState,
     Quote,
@@ -144,10 +145,42 @@ class Place(Struct, frozen=True, kw_only=True):
     rank: Rank
 
 
+class Step(Struct, frozen=True, array_like=True):
+    """An invocation that ended well on the way to a later one: ``size`` is the class of its payload's size.
+
+    The instants are epoch seconds, by the clock of the worker it ran on.
+    """
+
+    function: str
+    version: str
+    size: int
+    started_at: float
+    ended_at: float
+
+
+class Rung(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The place of an invocation on a ladder of variants, of which there are ``of``; level 0 is the full function.
+
+    ``asked`` is the invocation that was asked for, ``full`` and ``full_version`` its function. Another one on the same
+    ladder is a ``rescue``, which answers in its place while it runs and does nothing else; or ``full``, which follows
+    when a cheaper one has answered or failed.
+    """
+
+    asked: str
+    full: str
+    full_version: str
+    level: int
+    of: int
+    role: Literal["asked", "rescue", "full"] = "asked"
+
+
 class Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Work: one call of one function, waiting in a lane. The first of a run is also the record of its acceptance.
 
     ``depth`` is how many led to it; ``breadth`` how many of its kind there are if all branched as those did.
+    ``deadline`` is when the answer of the run has to be there, ``due`` when this invocation should have ended for that
+    (None: as ``deadline``). ``trail`` holds the steps that led to it, oldest first. ``newest`` is the key of those of
+    which only the newest is worth starting; empty where each is.
     """
 
     run_id: str
@@ -172,6 +205,10 @@ class Invocation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     on_late: str = "continue"
     replays: Replayed | None = None
     places: list[Place] = []
+    due: float | None = None
+    trail: list[Step] = []
+    newest: str = ""
+    rung: Rung | None = None
 
 
 class Spread(Struct, frozen=True, kw_only=True):
@@ -196,7 +233,10 @@ class Gather(Struct, frozen=True, kw_only=True):
 
 
 class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a run ended. ``answer_id`` is the invocation whose result is the answer where none was given explicitly."""
+    """How a run ended. ``answer_id`` is the invocation whose result is the answer where none was given explicitly.
+
+    ``trail`` holds the steps to the end where this stands alone; where an outcome ends the run, that tells them.
+    """
 
     run_id: str
     state: RunState
@@ -204,10 +244,15 @@ class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: ErrorInfo | None = None
     spent: TimeLedger = TimeLedger()
     ended_at: float = 0.0
+    trail: list[Step] = []
 
 
 class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How an invocation ended, once and for all. ``end`` is set if its run ends with it."""
+    """How an invocation ended, once and for all. ``end`` is set if its run ends with it.
+
+    ``size`` is the class of its payload's size. ``trail`` holds the steps that led to it where it may be the last of
+    them: where it gives the answer, ends its run or fills a slot. ``fidelity`` is set where its function has variants.
+    """
 
     run_id: str
     invocation_id: str
@@ -231,6 +276,11 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     slot: Slot | None = None
     spent: TimeLedger = TimeLedger()
     end: RunEnd | None = None
+    size: int = 0
+    trail: list[Step] = []
+    due: float | None = None
+    on_late: str = "continue"
+    fidelity: Fidelity | None = None
 
 
 class Tally(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -293,7 +343,7 @@ class Attempt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Something a running function said: lines of its log (level, text), or how far it is (0 to 1)."""
+    """Something of a running function: lines of its log (level, text), how far it is (0 to 1), or what was staged."""
 
     run_id: str
     invocation_id: str
@@ -301,6 +351,7 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
     lines: list[tuple[str, str]] = []
     fraction: float | None = None
     text: str = ""
+    moved: Moved | None = None
 
 
 class Member(Struct, frozen=True, kw_only=True):
@@ -308,6 +359,13 @@ class Member(Struct, frozen=True, kw_only=True):
 
     run_id: str
     rank: Rank
+    at: float
+
+
+class Newest(Struct, frozen=True, kw_only=True):
+    """The run of the event of some source and subject that was accepted last on a route where the newest one wins."""
+
+    run_id: str
     at: float
 
 
@@ -353,6 +411,7 @@ class FunctionRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     registered_at: float
     doc: str = ""
     preload: list[str] = []
+    tenant: str = "default"
 
 
 class RouteRecord(Struct, frozen=True, kw_only=True):
@@ -407,6 +466,8 @@ class Invoke(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="k
     deadline: float | None = None
     event: EventMeta | None = None
     code: Code | None = None
+    tenant: str = ""
+    due: float | None = None
 
 
 class Granted(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="granted"):
@@ -438,12 +499,21 @@ class Raised(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="k
     leave: bool = False
 
 
+class Moved(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far the staging of something is: bytes that are there, and those that there will be."""
+
+    uri: str
+    bytes_done: int
+    bytes_total: int
+
+
 class Said(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="said"):
-    """From the child: a line of its log, or how far it is."""
+    """From the child: a line of its log, or how far it is; from the worker: how far the staging of something is."""
 
     level: str = ""
     text: str = ""
     fraction: float | None = None
+    moved: Moved | None = None
 
 
 class Ask(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="ask"):
@@ -458,80 +528,3 @@ class Ask(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind
 
 FromChild = Returned | Raised | Said | Ask
 ToChild = Invoke | Granted
-
-
-# ---------------------------------------------------------------- a worker and its zygote
-
-
-class ChildLimits(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one child process may take, and how long it is kept.
-
-    ``memory_bytes_max`` is address space on top of what the child is born with. ``growth_bytes_max`` is how much its
-    resident memory may grow between invocations before it is replaced; what the first invocation of a version brings
-    in counts as its due. ``result_bytes_max`` holds for result, answer and effects together.
-
-    For one invocation: ``tasks_max`` is processes and threads at a time, the child's own included; ``cpu_max_s`` is
-    CPU seconds of all of them together; ``scratch_bytes_max`` and ``scratch_files_max`` bound what is in the child's
-    folder, and the first also each single file written anywhere; ``fan_out_max`` is the members of one map.
-
-    ``user_tasks_max`` is a ceiling for all processes and threads of the worker's user, where there are no control
-    groups to hold each child to its own.
-    """
-
-    memory_bytes_max: int | None = None
-    growth_bytes_max: int = 256 * 1024 * 1024
-    invocations_max: int = 10_000
-    versions_max: int = 32
-    result_bytes_max: int = 16 * 1024 * 1024
-    output_bytes_max: int = 1024 * 1024
-    output_lines_max: int = 10_000
-    tasks_max: int = 512
-    cpu_max_s: float = 86400.0
-    scratch_bytes_max: int = 16 * 1024**3
-    scratch_files_max: int = 100_000
-    fan_out_max: int = 10_000
-    user_tasks_max: int | None = None
-
-
-class Fork(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="fork"):
-    """To the zygote: make a child. Its descriptors come along: line to the worker, stdout, stderr, last words.
-
-    ``group`` is the folder of the control group that holds it; empty where there is none.
-    """
-
-    child: int
-    scratch: str
-    limits: ChildLimits
-    group: str = ""
-
-
-class Kill(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="kill"):
-    """To the zygote: end a child and its process group, or (``tell``) only have it write down where it is."""
-
-    child: int
-    tell: bool = False
-
-
-class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
-    """From the zygote: everything is imported; children can be made."""
-
-    pid: int
-
-
-class Born(Struct, frozen=True, kw_only=True, tag="born"):
-    """From the zygote: a child was made, under this process id."""
-
-    child: int
-    pid: int
-
-
-class Died(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="died"):
-    """From the zygote: a child is gone; ``status`` is its wait status, None where it could not be made."""
-
-    child: int
-    status: int | None
-    error: str = ""
-
-
-ToZygote = Fork | Kill
-FromZygote = Ready | Born | Died

@@ -25,8 +25,9 @@ import msgspec
 
 from headrace import groups
 from headrace.birth import TELL_SIGNAL, adopt_orphans, die_with_parent, live
+from headrace.children import Born, Died, Fork, FromZygote, Kill, Ready, ToZygote
 from headrace.family import children_of
-from headrace.wire import Born, Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
+from headrace.wire import encode
 
 MESSAGE_BYTES_MAX = 64 * 1024
 FORK_FDS = 4  # the line, stdout, stderr, last words

@@ -1,4 +1,4 @@
-"""The server commands: ``up``, ``demo``, ``doctor``, ``setup``, and ``gateway``, ``worker``, ``ledger`` by themselves.
+"""The server commands: ``up``, ``demo``, ``doctor``, ``setup``, ``tenant``, ``replay``, and each server by itself.
 
 Exit codes are those of ``headrace``: 0 good, 1 something was found or failed, 2 wrong usage, 3 the platform does not
 answer, or a server that it needs.
@@ -10,19 +10,26 @@ import asyncio
 import os
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from headrace.errors import BadRequest, HeadraceError
+from headrace.errors import BadRequest, Conflict, HeadraceError, NotFound
 from infra import rights, telemetry
 from infra.locking import InUse
 from infra.settings import BadSetting, Settings, load
 
+if TYPE_CHECKING:
+    from infra.tenants import Admin
+
+T = TypeVar("T")
+
 WRONG_USAGE = 2
 UNREACHABLE = 3
 INTERRUPTED = 130
+REFUSED = (BadSetting, BadRequest, InUse, Conflict, NotFound)
 
 app = App(
     name="headrace",
@@ -48,7 +55,7 @@ def main() -> NoReturn:
         print(f"headrace: {error}", file=sys.stderr)
         if error.hint:
             print(f"  {error.hint}", file=sys.stderr)
-        sys.exit(WRONG_USAGE if isinstance(error, BadSetting | BadRequest | InUse) else UNREACHABLE)
+        sys.exit(WRONG_USAGE if isinstance(error, REFUSED) else UNREACHABLE)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -156,9 +163,102 @@ def setup() -> None:
 
 
 @app.command
-def doctor(
-    *, data: Data = None, as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")] = False
-) -> int:
+def replay(
+    *,
+    since: Annotated[str | None, Parameter(help='From when on: "24h" ago, or an RFC 3339 instant.')] = None,
+    until: Annotated[str | None, Parameter(help="Up to when, likewise; now if it is not given.")] = None,
+    policy: Annotated[str, Parameter(help="headrace, edf, fifo or priority.")] = "headrace",
+    slots: Annotated[int | None, Parameter(help="How many run at a time; as many as did if not given.")] = None,
+    save: Annotated[Path | None, Parameter(help="Keep the records in this file.")] = None,
+    from_: Annotated[Path | None, Parameter(name="--from", help="Take the records from such a file.")] = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")] = False,
+) -> None:
+    """Run nothing, and report what the past would have been under another policy (`headrace replay --simulate`).
+
+    The records come from the platform of HEADRACE_URL, or from a file. The same records give the same report.
+    """
+    from infra import replaying
+
+    report = asyncio.run(replaying.replay(since, until, policy, slots=slots, save=save, kept=from_))
+    print(replaying.as_json(report) if as_json else replaying.as_text(report))
+
+
+tenant = App(name="tenant", help="Who shares the platform. Needs the admin's rights on the log's servers.")
+app.command(tenant)
+
+TenantName = Annotated[str, Parameter(help="Name: 1 to 64 letters, digits, underscores or hyphens.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
+
+
+@tenant.command(name="add")
+def add_tenant(name: TenantName, /, *, data: Data = None) -> None:
+    """Add a tenant and print its token: shown this once, and kept nowhere.
+
+    Run it beside a `headrace up` on the same data folder, or with the settings of servers of your own.
+    """
+    token = _administer(data, lambda admin: admin.add(name))
+    _print_token(name, token)
+
+
+@tenant.command(name="list")
+def list_tenants(*, data: Data = None, as_json: AsJson = False) -> None:
+    """List the tenants: how many tokens each has, and how much of its work waits or runs."""
+    from infra import tenants
+
+    found = _administer(data, lambda admin: admin.list())
+    print(tenants.as_json(found) if as_json else tenants.as_text(found))
+
+
+@tenant.command(name="token")
+def new_token(
+    name: TenantName,
+    /,
+    *,
+    revoke: Annotated[bool, Parameter(negative="", help="All its tokens before this one are good no longer.")] = False,
+    data: Data = None,
+) -> None:
+    """Make another token of a tenant and print it; those before it stay good until --revoke."""
+    token = _administer(data, lambda admin: admin.new_token(name, revoke=revoke))
+    _print_token(name, token)
+
+
+@tenant.command(name="remove")
+def remove_tenant(
+    name: TenantName,
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Cancel its runs that have not ended.")] = False,
+    data: Data = None,
+) -> None:
+    """Remove a tenant with its tokens, routes and functions; refused while work of it waits or runs.
+
+    Its runs stay in the log for as long as that keeps things, and whoever gets its name again sees them.
+    """
+    gone = _administer(data, lambda admin: admin.remove(name, force=force))
+    print(
+        f"{name} is removed, with {gone.routes} routes and {gone.functions} functions"
+        + (f"; {gone.canceled:,} runs were canceled." if gone.canceled else ".")
+    )
+
+
+def _administer(data: Path | None, act: Callable[[Admin], Awaitable[T]]) -> T:
+    from infra import tenants
+
+    async def run() -> T:
+        async with tenants.administration(load(os.environ, data_dir=data)) as admin:
+            return await act(admin)
+
+    return asyncio.run(run())
+
+
+def _print_token(name: str, token: str) -> None:
+    """Print a token by itself, so that a script can take it; what is said beside it goes elsewhere."""
+    print(token, flush=True)
+    print(f"This is a token of {name}. It is shown only now: keep it as HEADRACE_TOKEN.", file=sys.stderr)
+
+
+@app.command
+def doctor(*, data: Data = None, as_json: AsJson = False) -> int:
     """Look for what is wrong: versions, ports, disk, clock, the log's sync_interval, rights of files.
 
     Each finding says its cure. The exit code is 1 if something has to be mended.

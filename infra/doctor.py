@@ -16,10 +16,11 @@ import stat
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -34,6 +35,7 @@ from infra.programs import nats_program, redis_program
 from infra.settings import MIB, Settings
 from infra.staging import FREE_BYTES_MIN, SHARED_MEMORY
 from infra.up import Servers
+from streams.topology import DEFAULT_TENANT, LANES, STREAM, lane_of
 from workers.watch import LOOK_S
 
 PYTHON_MIN = (3, 11)
@@ -313,7 +315,7 @@ async def _log(settings: Settings) -> Iterable[Finding]:
         address = address or msgspec.json.decode(raw, type=Servers).nats_monitor_url
     if not address or (not settings.nats_monitor_url and not _read_url(settings)):
         return []
-    state = await monitor(address, "/jsz?config=1")
+    state = await monitor(address, "/jsz?config=1&streams=1&consumers=1")
     config = state.get("config")
     if not config:
         cure = "Start the platform, or set HEADRACE_NATS_MONITOR_URL to its http address."
@@ -321,7 +323,29 @@ async def _log(settings: Settings) -> Iterable[Finding]:
     return [
         _synced(config, settings),
         await _clock(address),
+        _tenants(state),
     ]
+
+
+def _tenants(state: dict[str, Any]) -> Finding:
+    """Say who shares the platform, and whose work waits or runs: told by the lanes of the log."""
+    streams = [s for account in state.get("account_details", []) for s in account.get("stream_detail", [])]
+    found: dict[str, int] = {}
+    lanes: Counter[str] = Counter()
+    for consumer in (c for s in streams if s.get("name") == STREAM for c in s.get("consumer_detail", [])):
+        lane = lane_of(str(consumer.get("name", "")))
+        if lane is not None:
+            work = int(consumer.get("num_pending", 0)) + int(consumer.get("num_ack_pending", 0))
+            found[lane.tenant] = found.get(lane.tenant, 0) + work
+            lanes[lane.tenant] += 1
+    detail = ", ".join(f"{name} ({work:,} waiting or running)" for name, work in sorted(found.items()))
+    broken = sorted(name for name, number in lanes.items() if number < LANES)
+    if broken or DEFAULT_TENANT not in found:
+        missing = ", ".join(broken or [DEFAULT_TENANT])
+        return _failed(
+            "tenants", f"lanes are missing of {missing}", "`headrace setup` makes them again; then nothing is lost."
+        )
+    return _ok("tenants", detail)
 
 
 def _synced(config: dict[str, object], settings: Settings) -> Finding:

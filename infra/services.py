@@ -26,8 +26,8 @@ from headrace.errors import Unavailable
 from infra import rights, telemetry
 from infra.readiness import say_ready
 from infra.settings import Settings
+from infra.stores import Stores
 from streams import topology
-from streams.blobs import FolderBlobs
 from streams.link import Link, open_link
 from streams.log import Log
 from streams.tables import Tables, open_tables
@@ -61,7 +61,8 @@ def release() -> str:
 
 
 @asynccontextmanager
-async def _link(settings: Settings, role: str) -> AsyncIterator[Link]:
+async def link_to(settings: Settings, role: str) -> AsyncIterator[Link]:
+    """Lend a connection to the log's servers as the user who is set, or else as the one of this role."""
     link = await open_link(
         settings.nats_url,
         user=settings.nats_user or (role if settings.nats_password_file else ""),
@@ -75,7 +76,8 @@ async def _link(settings: Settings, role: str) -> AsyncIterator[Link]:
 
 
 @asynccontextmanager
-async def _log_on(link: Link, settings: Settings, linger_s: float = 0.0) -> AsyncIterator[Log]:
+async def log_on(link: Link, settings: Settings, linger_s: float = 0.0) -> AsyncIterator[Log]:
+    """Lend the log at the other end of a connection."""
     log = Log(link, linger_s=linger_s, replicated=settings.log_replicas > 1)
     await log.start()
     try:
@@ -85,7 +87,12 @@ async def _log_on(link: Link, settings: Settings, linger_s: float = 0.0) -> Asyn
 
 
 @asynccontextmanager
-async def _tables_on(link: Link) -> AsyncIterator[Tables]:
+async def tables_on(link: Link) -> AsyncIterator[Tables]:
+    """Lend the tables at the other end of a connection.
+
+    Raises:
+        Unavailable: they were never made.
+    """
     try:
         tables = await open_tables(link)
     except NotFoundError as error:
@@ -126,7 +133,7 @@ async def setup(settings: Settings) -> None:
         Unavailable: the log's server does not answer, or does not let this user do so.
     """
     try:
-        async with asyncio.timeout(SETUP_S), _link(settings, rights.ADMIN) as link:
+        async with asyncio.timeout(SETUP_S), link_to(settings, rights.ADMIN) as link:
             while True:
                 try:
                     await topology.ensure(link, limits(settings), settings.log_replicas)
@@ -153,16 +160,18 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
     from gateway.server import Runner
     from streams.backlog import Lanes
     from streams.follow import follow
-    from streams.ledger import Reader
+    from streams.reader import Reader
 
+    stores = Stores(settings)
     async with AsyncExitStack() as stack:
-        link = await stack.enter_async_context(_link(settings, rights.GATEWAY))
-        log = await stack.enter_async_context(_log_on(link, settings))
+        link = await stack.enter_async_context(link_to(settings, rights.GATEWAY))
+        log = await stack.enter_async_context(log_on(link, settings))
         app = front_door.build(
             log=log,
             follow=functools.partial(follow, log),
-            tables=await stack.enter_async_context(_tables_on(link)),
-            blobs=FolderBlobs(settings.blobs_path()),
+            tables=await stack.enter_async_context(tables_on(link)),
+            blobs=stores.blobs,
+            direct=stores.direct(),
             reader=Reader(await stack.enter_async_context(_redis(settings, REDIS_READ_S))),
             token=settings.token(),
             version=release(),
@@ -190,15 +199,16 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
 
 async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Take, run and commit invocations until ``stop`` is set; then finish what runs and hand back the rest."""
-    from headrace.wire import ChildLimits
+    from headrace.children import ChildLimits
     from workers.pool import Pool
     from workers.worker import Tools, Worker
 
     slots = settings.worker_slots or os.cpu_count() or 1
+    stores = Stores(settings)
     async with AsyncExitStack() as stack:
-        link = await stack.enter_async_context(_link(settings, rights.WORKER))
-        log = await stack.enter_async_context(_log_on(link, settings, OUTCOMES_LINGER_S))
-        tables = await stack.enter_async_context(_tables_on(link))
+        link = await stack.enter_async_context(link_to(settings, rights.WORKER))
+        log = await stack.enter_async_context(log_on(link, settings, OUTCOMES_LINGER_S))
+        tables = await stack.enter_async_context(tables_on(link))
         pool = Pool(
             slots,
             limits=ChildLimits(
@@ -215,6 +225,7 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             disk_bytes_min=settings.disk_bytes_min // 4,
             scratch=settings.scratch_path(),
             preload=[module for module in settings.worker_preload.split(",") if module],
+            environment=stores.environment(),
         )
         await pool.start()
         stack.push_async_callback(pool.close)
@@ -222,9 +233,11 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             name=worker_name(),
             log=log,
             tables=tables,
-            blobs=FolderBlobs(settings.blobs_path()),
+            blobs=stores.blobs,
+            stager=stores.stager(),
             pool=pool,
             slots=slots,
+            order=settings.order,
             work_age_max_s=settings.work_age_s(),
             chain_depth_max=settings.chain_depth_max,
             run_invocations_max=settings.run_invocations_max,
@@ -240,27 +253,34 @@ def worker_name() -> str:
 
 
 async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
-    """Follow the log into the read model, and audit that every accepted run ends, until ``stop`` is set."""
+    """Follow the log into the read model, tell what it teaches, and audit that every accepted run ends."""
+    from functions.lessons import Lessons
     from streams.auditor import Auditor
+    from streams.forecasts import Forecasts
     from streams.ledger import Writer
 
     async with AsyncExitStack() as stack:
-        link = await stack.enter_async_context(_link(settings, rights.LEDGER))
-        log = await stack.enter_async_context(_log_on(link, settings))
+        link = await stack.enter_async_context(link_to(settings, rights.LEDGER))
+        log = await stack.enter_async_context(log_on(link, settings))
         redis = await stack.enter_async_context(_redis(settings))
-        writing = asyncio.create_task(Writer(log, redis, runs_max=settings.ledger_runs_max).run(), name="ledger")
+        tables = await stack.enter_async_context(tables_on(link))
+        lessons = Lessons()
+        writer = Writer(log, redis, lessons, runs_max=settings.ledger_runs_max)
+        writing = asyncio.create_task(writer.run(), name="ledger")
+        forecasts = Forecasts(tables.forecasts, lessons, lambda: writer.whole)
+        telling = asyncio.create_task(forecasts.run(), name="forecasts")
         auditor = Auditor(log, redis, every_s=settings.audit_every_s, grace_s=settings.audit_grace_s)
         auditing = asyncio.create_task(auditor.run(), name="auditor")
         stopping = asyncio.create_task(stop.wait())
         ready()
         try:
-            done, _ = await asyncio.wait({writing, auditing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({writing, telling, auditing, stopping}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # one that failed ends the ledger, which is started again
         finally:
-            for task in (writing, auditing, stopping):
+            for task in (writing, telling, auditing, stopping):
                 task.cancel()
-            await asyncio.gather(writing, auditing, stopping, return_exceptions=True)
+            await asyncio.gather(writing, telling, auditing, stopping, return_exceptions=True)
 
 
 ROLES: Mapping[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]] = {

@@ -79,6 +79,45 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Path | None,
         Meta(description="Folder of payloads over 64 KiB and of code; shared by all. Default: DATA_DIR/blobs."),
     ] = None
+    blobs_url: Annotated[
+        str,
+        Meta(description="Bucket for them instead: s3://BUCKET/PREFIX. Uploads go straight to it, past the gateway."),
+    ] = ""
+    s3_url: Annotated[str, Meta(description="Address of the S3 server; empty: AWS.")] = ""
+    s3_public_url: Annotated[
+        str, Meta(description="Where callers reach the same server, if that is another address.")
+    ] = ""
+    s3_region: Annotated[str, Meta(description="Region of the S3 server.")] = "us-east-1"
+    s3_credentials_file: Annotated[
+        Path | None,
+        Meta(
+            description="File with its keys, in the form of the AWS command line (mode 0600). Default: the standard "
+            "chain of the AWS SDK."
+        ),
+    ] = None
+    cache_dir: Annotated[
+        Path | None, Meta(description="Folder of what was fetched for functions. Default: DATA_DIR/cache.")
+    ] = None
+    cache_bytes_max: Annotated[
+        Bytes, Meta(description="What may lie in it; what was used longest ago leaves first.")
+    ] = 32 * GIB
+    stage_bytes_max: Annotated[Bytes, Meta(description="Size of the largest thing that is fetched.")] = 16 * GIB
+    stage_hosts: Annotated[
+        str,
+        Meta(
+            description="Own hosts, addresses and networks, parted by commas, that functions may have fetched from "
+            "although they are private, by plain http too."
+        ),
+    ] = ""
+    stage_buckets: Annotated[
+        str,
+        Meta(
+            description="Buckets (BUCKET or BUCKET/PREFIX, parted by commas) whose objects functions may have staged."
+        ),
+    ] = ""
+    stage_folders: Annotated[
+        str, Meta(description="Folders, parted by commas, from which functions may have files staged by file: URIs.")
+    ] = ""
     log_keep_s: Annotated[
         Seconds, Meta(description="How long the log, and with it every run, is kept; also the memory for duplicates.")
     ] = 7 * 86400.0
@@ -114,6 +153,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=0, le=1024)],
         Meta(description="Functions that one worker runs at a time, each in a process of its own; 0: one per core."),
     ] = 0
+    order: Annotated[
+        Literal["headrace", "edf", "fifo", "priority"],
+        Meta(
+            description="In which order workers start what waits: `headrace` keeps deadlines, the others are there to "
+            "compare."
+        ),
+    ] = "headrace"
     worker_preload: Annotated[
         str, Meta(description="Modules, parted by commas, that running functions find imported, where installed.")
     ] = "numpy"
@@ -187,6 +233,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def blobs_path(self) -> Path:
         """Return the folder of the blobs."""
         return self.blobs_dir or self.data_dir / "blobs"
+
+    def cache_path(self) -> Path:
+        """Return the folder of what was fetched for functions."""
+        return self.cache_dir or self.data_dir / "cache"
 
     def scratch_path(self) -> Path:
         """Return the folder of the folders of running functions."""

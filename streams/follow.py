@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -23,26 +24,33 @@ RETRY_S = 0.5
 
 
 async def follow(
-    log: Log, subjects: list[str], *, after: int = -1, window: int = 512, idle_s: float = IDLE_S
+    log: Log,
+    subjects: list[str],
+    *,
+    after: int = -1,
+    since: float | None = None,
+    window: int = 512,
+    idle_s: float = IDLE_S,
 ) -> AsyncGenerator[list[Stored], None]:
     """Yield every message on these subjects after sequence ``after``, in order and without a gap, in small batches.
 
-    With ``after=-1`` it begins with what is stored from now on. The reader sets the pace: at most ``window`` messages
+    With ``after=-1`` it begins with what is stored from now on, or at the instant ``since`` (epoch seconds), if that is
+    given. The reader sets the pace: at most ``window`` messages
     wait here, the rest stay in the log. An empty batch comes when nothing happened for ``idle_s`` seconds. Break off
     with ``aclose()`` (or ``contextlib.aclosing``), which removes the consumer.
     """
-    position = await log.end_seq() if after < 0 else after
+    position = await log.end_seq() if after < 0 and since is None else max(0, after)
     reader = _Reader(log, subjects, window)
     try:
         while True:
             try:
-                await reader.open(position)
+                await reader.open(position, since)
             except (nats.errors.Error, OSError, TimeoutError):
                 await asyncio.sleep(RETRY_S)  # the server is away: the place in the log is ours, so nothing is missed
                 continue
             while (batch := await reader.batch(idle_s)) is not None:
                 if batch:
-                    position = batch[-1].seq
+                    position, since = batch[-1].seq, None
                 yield batch
             await reader.close()
     finally:
@@ -63,20 +71,25 @@ class _Reader:
         self._poll: Poll | None = None
         self._name = ""
 
-    async def open(self, position: int) -> None:
+    async def open(self, position: int, since: float | None) -> None:
         self._waiting, self._broken, self._place = [], False, 0
         self._wake.clear()
         self._name = f"follow-{uuid4().hex[:16]}"
         where: dict[str, Any] = (
             {"filter_subject": self._subjects[0]} if len(self._subjects) == 1 else {"filter_subjects": self._subjects}
         )
+        if since is None:
+            where |= {"deliver_policy": DeliverPolicy.BY_START_SEQUENCE, "opt_start_seq": position + 1}
+        else:
+            where |= {
+                "deliver_policy": DeliverPolicy.BY_START_TIME,
+                "opt_start_time": datetime.fromtimestamp(since, UTC),
+            }
         await self._log.link.jetstream().add_consumer(
             STREAM,
             ConsumerConfig(
                 name=self._name,
                 ack_policy=AckPolicy.NONE,
-                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=position + 1,
                 inactive_threshold=INACTIVE_S,
                 mem_storage=True,
                 num_replicas=1,

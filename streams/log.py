@@ -515,6 +515,15 @@ class Log:
         """
         return (await self._info()).state.last_seq
 
+    async def begins_at(self) -> float | None:
+        """Return the instant of the oldest message that is still there, None for an empty log.
+
+        Raises:
+            Unavailable: the log does not answer, or has no leader at the moment.
+        """
+        state = (await self._info()).state
+        return state.first_ts.timestamp() if state.messages and state.first_ts is not None else None
+
     async def size(self) -> tuple[int, int]:
         """Return the bytes that the log takes, and those at which it refuses (0: no limit).
 

@@ -19,6 +19,7 @@ from streams.link import Link
 from streams.topology import STREAM
 
 EXPIRES_S = 60
+GLANCE_S = 0.25
 # In a cluster a consumer may lose its leader while our own connection stands: only the silence tells.
 HEARTBEAT_S = 2
 SILENCE_S = 5.0
@@ -26,7 +27,10 @@ ABSENT_RETRY_S = 0.25
 
 
 class Arrival(NamedTuple):
-    """A message as a consumer delivers it: ``delivered`` counts deliveries, ``place`` the consumer's own order."""
+    """A message as a consumer delivers it: ``delivered`` counts deliveries, ``place`` the consumer's own order.
+
+    ``behind`` is how many the consumer had left that nobody was given yet.
+    """
 
     seq: int
     subject: str
@@ -35,6 +39,7 @@ class Arrival(NamedTuple):
     delivered: int
     place: int
     reply: str
+    behind: int = 0
 
 
 def arrival(message: Msg) -> Arrival:
@@ -49,6 +54,7 @@ def arrival(message: Msg) -> Arrival:
         int(parts[base]),
         int(parts[base + 2]),
         message.reply,
+        int(parts[base + 4]),
     )
 
 
@@ -70,6 +76,7 @@ class Poll:
         self._heard_at = 0.0
         self._wanted = 0
         self.outstanding = 0
+        self.dry = False  # a request ended for want of messages, and nothing came since
 
     async def start(self) -> None:
         """Begin to listen; nothing is asked for yet."""
@@ -95,13 +102,21 @@ class Poll:
         more = messages - self.outstanding
         if more <= 0 or not self._link.connected:
             return
-        self.outstanding += more
-        self._heard_at = asyncio.get_running_loop().time()
         request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (
             more,
             EXPIRES_S * 1_000_000_000,
             HEARTBEAT_S * 1_000_000_000,
         )
+        await self._ask(more, request)
+
+    async def glance(self, messages: int) -> None:
+        """Ask for so many more on top, of what is there at this moment: soon after, nobody is held to it."""
+        if self._link.connected:
+            await self._ask(messages, b'{"batch":%d,"expires":%d}' % (messages, int(GLANCE_S * 1_000_000_000)))
+
+    async def _ask(self, messages: int, request: bytes) -> None:
+        self.outstanding += messages
+        self._heard_at = asyncio.get_running_loop().time()
         with contextlib.suppress(OSError, nats.errors.Error):  # lost this instant: a reconnect asks again
             await self._link.nc.publish(self._next, request, reply=f"{self._prefix}{self._round}")
 
@@ -111,6 +126,7 @@ class Poll:
         status = headers.get("Status") if headers is not None else None
         if headers is None or status is None:
             self.outstanding = max(0, self.outstanding - 1)
+            self.dry = False
             self._take(arrival(message))
             return
         # A status comes to the inbox itself; 100 is a heartbeat, all others end one request: expired, refused, gone.
@@ -118,11 +134,12 @@ class Poll:
             return
         unfilled = headers.get("Nats-Pending-Messages")
         self.outstanding = 0 if unfilled is None else max(0, self.outstanding - int(unfilled))
+        self.dry = True
         if status in ("404", "503") or "Deleted" in str(headers.get("Description", "")):
             # Nobody serves this consumer: it is gone, or its server is only half up and will be asked again.
             self._lost()
             asyncio.get_running_loop().call_later(ABSENT_RETRY_S, self._ask_again, self._round)
-        elif self.outstanding == 0:
+        elif self.outstanding <= self._wanted // 2:
             await self.want(self._wanted)
 
     def _ask_again(self, asked_in: int) -> None:

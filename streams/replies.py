@@ -41,6 +41,8 @@ _read_ack = msgspec.json.Decoder(_Ack).decode
 class _State(Struct, frozen=True):
     last_seq: int = 0
     bytes: int = 0
+    messages: int = 0
+    first_ts: datetime | None = None
 
 
 class _Config(Struct, frozen=True):

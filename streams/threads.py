@@ -124,6 +124,16 @@ async def settle(log: ThreadLog, first: Invocation, now: float) -> Settled:
     raise Unavailable("the log says that a thread is settled and shows it not", hint="Try again.")
 
 
+async def foresee(log: ThreadLog, first: Invocation) -> dict[str, Mark]:
+    """Return which runs would be overruled, and by whom, if this one were accepted now; nothing is said.
+
+    Raises:
+        TooLarge: a thread has more than 1,000 members.
+        Unavailable: the log does not answer.
+    """
+    return {one.run_id: one.mark for one in _decide_all(first, await _members(log, first))} if first.places else {}
+
+
 async def _members(log: ThreadLog, first: Invocation) -> list[Stored]:
     try:
         return await log.last_of_each([thread_subject(place.thread, "*") for place in first.places])

@@ -14,7 +14,10 @@ import pytest
 
 from headrace import cli
 from infra.embedded import NatsServer, RedisServer
+from infra.programs import NoServer
+from infra.rgw import INSTALL, Rgw, is_installed
 from infra.rights import ADMIN
+from infra.slurm.cluster import Cluster
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log
@@ -111,6 +114,15 @@ async def log(link: Link) -> AsyncIterator[Log]:
     await opened.close()
 
 
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rgw]:
+    """A real S3 server for all tests that make a bucket, or a prefix, of their own; it takes 15 s to start."""
+    if not is_installed():
+        pytest.skip(f"Ceph's RADOS Gateway is not installed: {INSTALL}")
+    with Rgw(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a command in the folder of the test."""
@@ -146,3 +158,25 @@ def shared_platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProc
         yield process.wait_ready()
     finally:
         process.end()
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of three nodes with four GPUs each; it is gone with this process, however that ends."""
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start(tied=True)
+    except NoServer as error:
+        pytest.skip(f"needs Slurm: {error}")
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def slurm(slurm_cluster: Cluster) -> Iterator[Cluster]:
+    """The Slurm of this session, idle and whole at the beginning and at the end."""
+    slurm_cluster.mend()
+    yield slurm_cluster
+    slurm_cluster.mend()

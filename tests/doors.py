@@ -18,6 +18,7 @@ from gateway.app import build
 from gateway.limits import GatewayLimits
 from gateway.needs import Lanes
 from gateway.server import Runner
+from gateway.uploads import Landing
 from headrace.model import Problem, RunRef, RunState
 from headrace.wire import Invocation, Outcome, Payload, RunEnd, decode, encode
 from streams.blobs import FolderBlobs
@@ -128,7 +129,7 @@ class Doors:
     ) -> None:
         await self._stack.aclose()
 
-    async def open(self, lanes: Lanes | None = None, **limits: Any) -> Door:
+    async def open(self, lanes: Lanes | None = None, direct: Landing | None = None, **limits: Any) -> Door:
         """Open a gateway with these limits, before these lanes; nothing is registered yet."""
         log, tables, blobs = MemoryLog(), MemoryTables(), FolderBlobs(self._folder / "blobs")
         reader = MemoryReader(log)
@@ -142,6 +143,7 @@ class Doors:
             version="1.2.3",
             limits=GatewayLimits(**{"disk_bytes_min": 0, **limits}),
             lanes=lanes,
+            direct=direct,
         )
         front = await self.serve(app)
         return Door(front.url, front.http, front.runner, log, reader, tables, blobs)

@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 from headrace.errors import TooLarge, Unavailable
 from headrace.model import Audit, RunPage, RunView
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord
-from streams.ledger import Dead, DeadFound
 from streams.log import READ_MANY_MAX, AlreadyThere, Record
+from streams.reader import Dead, DeadFound
 from streams.record import InvocationRecord, RunRecord, fold_run, view
 from streams.stored import Stored
 
@@ -106,6 +106,10 @@ class MemoryLog:
         self._check()
         return len(self.stored)
 
+    async def begins_at(self) -> float | None:
+        self._check()
+        return self.stored[0].at if self.stored else None
+
     async def size(self) -> tuple[int, int]:
         self._check()
         return sum(len(stored.body) for stored in self.stored), self.bytes_max
@@ -122,9 +126,17 @@ class MemoryLog:
             self._listening.remove(entry)
 
     async def follow(
-        self, subjects: list[str], *, after: int, window: int = 512, idle_s: float = 5.0
+        self,
+        subjects: list[str],
+        *,
+        after: int = -1,
+        since: float | None = None,
+        window: int = 512,
+        idle_s: float = 5.0,
     ) -> AsyncGenerator[list[Stored], None]:
         position = len(self.stored) if after < 0 else after
+        if since is not None:
+            position = sum(stored.at < since for stored in self.stored)
         while True:
             news = self._news
             batch = [s for s in self.stored[position:] if any(matches(p, s.subject) for p in subjects)][:window]
@@ -142,6 +154,7 @@ class MemoryLog:
 @dataclass
 class MemoryTable(Generic[T]):
     rows: dict[str, T] = field(default_factory=dict)
+    listeners: list[Callable[[], None]] = field(default_factory=list)
 
     def get(self, name: str) -> T | None:
         return self.rows.get(name)
@@ -150,16 +163,24 @@ class MemoryTable(Generic[T]):
         return self.rows
 
     def listen(self, changed: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None
+        self.listeners.append(changed)
+        return lambda: self.listeners.remove(changed)
+
+    def _tell(self) -> None:
+        for changed in list(self.listeners):
+            changed()
 
     async def fetch(self, name: str) -> T | None:
         return self.rows.get(name)
 
     async def put(self, name: str, row: T) -> None:
         self.rows[name] = row
+        self._tell()
 
     async def delete(self, name: str) -> bool:
-        return self.rows.pop(name, None) is not None
+        found = self.rows.pop(name, None) is not None
+        self._tell()
+        return found
 
 
 @dataclass
@@ -205,11 +226,13 @@ class MemoryReader:
         found = self._fold(run)
         return None if found is None else found[0]
 
-    async def open_runs(self, route: str, /) -> int:
-        return sum(not r.ended for r in self._all() if r.route == route)
+    async def open_runs(self, tenant: str, route: str, /) -> int:
+        return sum(not r.ended for r in self._all() if (r.tenant, r.route) == (tenant, route))
 
     async def page(
         self,
+        tenant: str,
+        /,
         *,
         state: str | None = None,
         route: str | None = None,
@@ -221,7 +244,8 @@ class MemoryReader:
         found = [
             r
             for r in sorted(self._all(), key=lambda r: -r.first_seq)
-            if (state is None or r.state == state)
+            if r.tenant == tenant
+            and (state is None or r.state == state)
             and (route is None or r.route == route)
             and (since is None or r.accepted_at >= since)
             and (before is None or r.first_seq < before)
@@ -236,6 +260,8 @@ class MemoryReader:
 
     async def dead(
         self,
+        tenant: str,
+        /,
         *,
         function: str | None = None,
         route: str | None = None,
@@ -248,7 +274,8 @@ class MemoryReader:
         found = [
             d
             for d in sorted(self._all_dead(), key=lambda d: -d.invocation.seq)
-            if (function is None or d.invocation.function == function)
+            if d.run.tenant == tenant
+            and (function is None or d.invocation.function == function)
             and (route is None or d.run.route == route)
             and (since is None or (d.invocation.ended_at or 0.0) >= since)
             and (replayed or d.run.replayed_as is None)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from functions.admission import Admitted, admit, body_digest
+from collections.abc import Iterable
+
+from functions.admission import UNKNOWN, Admitted, admit, body_digest
 from functions.effects import Attempted, World, fail, succeed
-from headrace.model import ErrorInfo, FunctionOptions, Route
+from functions.lessons import Lessons
+from headrace.model import ErrorInfo, FunctionOptions, Quote, Route
 from headrace.wire import Effect, EventMeta, FunctionRecord, Invocation, Payload, RouteRecord, decode
 from streams.log import Record
+from streams.record import RunRecord, apply, fact_of
 from streams.stored import Stored
 
 
@@ -21,20 +25,30 @@ def function(name: str = "f", **options: object) -> FunctionRecord:
 
 
 def route(name: str = "f", **fields: object) -> RouteRecord:
-    return RouteRecord(name=name, tenant="t", route=Route(**{"function": "f", **fields}))  # type: ignore[arg-type]
+    return RouteRecord(name=name, tenant="default", route=Route(**{"function": "f", **fields}))  # type: ignore[arg-type]
 
 
-def trigger(event_id: str, *, now: float = 1000.0, deadline: float | None = None, body: bytes = b"1") -> Admitted:
-    """Admit an event on the route ``f`` of the tenant ``t``."""
+def trigger(
+    event_id: str,
+    *,
+    now: float = 1000.0,
+    deadline: float | None = None,
+    body: bytes = b"1",
+    tenant: str = "default",
+    quote: Quote = UNKNOWN,
+    **fields: object,
+) -> Admitted:
+    """Admit an event on the route ``f``, which has these fields."""
     return admit(
         event=EventMeta(id=event_id, source="/test", type="org.test"),
         payload=Payload(body=body, size=len(body)),
         digest=body_digest("application/json", body),
-        route=route(),
+        route=route("f", **fields),
         function=function(),
-        tenant="t",
+        tenant=tenant,
         now=now,
         deadline=deadline,
+        quote=quote,
     )
 
 
@@ -66,3 +80,16 @@ def stored(records: list[Record], first_seq: int = 1, at: float = 1004.5) -> lis
 
 def children(records: list[Record]) -> list[Invocation]:
     return [decode(r.body, Invocation) for r in records if r.subject.startswith("hr.work.")]
+
+
+def teach(lessons: Lessons, facts: Iterable[Stored], runs: dict[str, RunRecord] | None = None) -> None:
+    """Let these messages of the log teach, in their order; ``runs`` is what was known before, and grows."""
+    runs = {} if runs is None else runs
+    for one in facts:
+        fact = fact_of(one)
+        if fact is not None:
+            before = runs.get(fact.run_id)
+            after = apply(before, fact, one)
+            lessons.learn(fact, one, before, after)
+            if after is not None:
+                runs[fact.run_id] = after

@@ -22,40 +22,42 @@ from infra.settings import Settings
 from streams import audit
 from streams.audit import RunFacts, confirmed, examine
 from streams.auditor import Auditor
-from streams.ledger import OPEN, POSITION, Reader, Writer
+from streams.ledger import OPEN, POSITION, Writer
 from streams.link import open_link
 from streams.log import Log, Record
-from streams.topology import STREAM, cancel_subject, lane_consumer
+from streams.reader import Reader
+from streams.topology import DEFAULT_TENANT, LANES, STREAM, LaneOf, cancel_subject, lane_consumer
 from tests.doors import TOKEN, Doors
 from tests.stories import children, failure, stored, success, trigger
 
-FLOORS = dict.fromkeys(range(12), 0)
+FLOORS = {LaneOf(lane, DEFAULT_TENANT): 0 for lane in range(LANES)}
+SECOND, THIRD, FOURTH = (LaneOf(lane, DEFAULT_TENANT) for lane in (2, 3, 4))
 
 # ---------------------------------------------------------------- one run, judged
 
 
 def test_work_that_waits_or_is_with_a_worker_is_on_its_way() -> None:
-    facts = RunFacts(work=[("a", 3, 10)])
-    assert examine(facts, {**FLOORS, 3: 9}) == "on_its_way"
-    assert examine(facts, {**FLOORS, 4: 99}) == "on_its_way"
+    facts = RunFacts(work=[("a", THIRD, 10)])
+    assert examine(facts, {**FLOORS, THIRD: 9}) == "on_its_way"
+    assert examine(facts, {**FLOORS, FOURTH: 99}) == "on_its_way"
 
 
 def test_work_that_was_acknowledged_without_an_outcome_is_lost() -> None:
-    assert examine(RunFacts(work=[("a", 3, 10)]), {**FLOORS, 3: 10}) == "lost"
-    two = RunFacts(work=[("a", 3, 10), ("b", 2, 12)], done={"a"})
-    assert examine(two, {**FLOORS, 3: 10, 2: 11}) == "on_its_way"
-    assert examine(two, {**FLOORS, 3: 10, 2: 12}) == "lost"
+    assert examine(RunFacts(work=[("a", THIRD, 10)]), {**FLOORS, THIRD: 10}) == "lost"
+    two = RunFacts(work=[("a", THIRD, 10), ("b", SECOND, 12)], done={"a"})
+    assert examine(two, {**FLOORS, THIRD: 10, SECOND: 11}) == "on_its_way"
+    assert examine(two, {**FLOORS, THIRD: 10, SECOND: 12}) == "lost"
 
 
 def test_a_run_whose_work_is_all_done_and_acknowledged_is_stuck_without_an_end() -> None:
-    facts = RunFacts(work=[("a", 3, 10), ("b", 3, 12)], done={"a", "b"})
-    assert examine(facts, {**FLOORS, 3: 12}) == "stuck"
+    facts = RunFacts(work=[("a", THIRD, 10), ("b", THIRD, 12)], done={"a", "b"})
+    assert examine(facts, {**FLOORS, THIRD: 12}) == "stuck"
     # The last one is still in somebody's hand: who gets it again finds its outcome, and ends the run.
-    assert examine(facts, {**FLOORS, 3: 11}) == "on_its_way"
+    assert examine(facts, {**FLOORS, THIRD: 11}) == "on_its_way"
 
 
 def test_what_ended_in_the_log_has_ended() -> None:
-    assert examine(RunFacts(work=[("a", 3, 10)], ended=True), {**FLOORS, 3: 10}) == "ended"
+    assert examine(RunFacts(work=[("a", THIRD, 10)], ended=True), {**FLOORS, THIRD: 10}) == "ended"
 
 
 def test_a_run_that_the_log_forgot_without_an_end_is_lost() -> None:
@@ -119,7 +121,9 @@ async def deliver(log: Log, lane: int, number: int) -> list[Msg]:
     nc = log.link.nc
     inbox = nc.new_inbox()
     hears = await nc.subscribe(inbox)
-    await nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{lane_consumer(lane)}", b"%d" % number, reply=inbox)
+    await nc.publish(
+        f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{lane_consumer(lane, DEFAULT_TENANT)}", b"%d" % number, reply=inbox
+    )
     taken = [await hears.next_msg(timeout=5) for _ in range(number)]
     await hears.unsubscribe()
     return taken

@@ -21,6 +21,7 @@ from headrace import cli, render
 from headrace.clock import parse_instant
 from headrace.model import (
     DeadView,
+    DurationView,
     ErrorInfo,
     EventFilter,
     EventView,
@@ -365,7 +366,7 @@ def hostile_view() -> RunView:
         run_id=HOSTILE,
         route=HOSTILE,
         function=HOSTILE,
-        tenant="t",
+        tenant="default",
         event=EventView(id=HOSTILE, source=HOSTILE, type=HOSTILE),
         state="failed",
         deadline="2026-11-21T03:14:15Z",
@@ -448,6 +449,14 @@ def test_no_text_from_outside_reaches_the_terminal_as_anything_but_text() -> Non
 )
 def test_durations_are_said_as_people_say_them(value: float | None, text: str) -> None:
     assert render.seconds(value) == text
+
+
+def test_a_function_says_how_long_it_usually_runs() -> None:
+    usual = DurationView(p50_s=1.0, p90_s=2.5, p99_s=9.0, observations=30)
+    known = FunctionView(
+        name="f", version="v", options=FunctionOptions(), registered_at="2026-11-21T03:14:15Z", expected={"run": usual}
+    )
+    assert "1 s to 2.5 s" in shown(render.functions_table([known]))
 
 
 def test_an_open_deadline_tells_the_time_left_or_how_late_it_is() -> None:

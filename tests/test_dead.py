@@ -285,7 +285,7 @@ async def test_a_branch_of_a_run_that_goes_on_cannot_be_replayed_yet(door: Door)
 async def test_what_is_needed_and_gone_is_told(door: Door) -> None:
     large = await dead_run(door, "x" * 100_000)
     assert large.payload.blob is not None
-    (await door.blobs.path(large.payload.blob)).unlink()
+    (await door.blobs.where(large.payload.blob)).unlink()
     assert "not kept" in (await door.problem(409, "POST", f"/v1/dead/{large.run_id}/replay")).detail
     small = await dead_run(door)
     await door.ask("DELETE", "/v1/routes/r")

@@ -22,7 +22,17 @@ from rich.console import Console
 
 from functions.examples import alerts, crystallography, fusion, indexing, molecular_dynamics, pointing
 from headrace.client import AsyncClient
-from headrace.model import Event, EventView, Links, Quote, RunView, TimeLedger
+from headrace.model import (
+    AnswerLinks,
+    AnswerView,
+    Event,
+    EventView,
+    Fidelity,
+    Links,
+    Quote,
+    RunView,
+    TimeLedger,
+)
 from headrace.testing import Bench
 from infra import demo
 from infra.demo_triggers import FUNCTION_FILES, Near, Trigger, inputs, part, triggers
@@ -31,7 +41,9 @@ from infra.up import Platform
 from tests.processes import alive, descendants, wait_until
 
 TRIGGERS = triggers({name: path.as_uri() for name, path in inputs().items()})
-QUICK = [trigger for trigger in TRIGGERS if trigger.route not in ("lj_dynamics", "run_stopped")]
+SLOW = ("lj_dynamics", "run_stopped")
+QUICK = [trigger for trigger in TRIGGERS if trigger.route not in SLOW and trigger.deadline is None]
+(HURRIED,) = [trigger for trigger in TRIGGERS if trigger.deadline is not None]
 
 
 # ---------------------------------------------------------------- what is right
@@ -112,6 +124,17 @@ def test_no_trigger_carries_its_known_answer() -> None:
             assert not {"tearing", "eigenmode", "windows", "hits", "frames", "energy", "action"} & trigger.data.keys()
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_answers_of_variants_are_as_near_to_the_known_one_as_is_said_of_them(level: int) -> None:
+    bench = Bench(fusion)
+    answer = bench.fire("shot_done", HURRIED.data | {"resamples": 0}, rung=level).result()
+    assert HURRIED.wrong(answer, level) == ""
+    assert HURRIED.wrong(answer).startswith("eigenmode")
+    full = bench.fire("shot_done", HURRIED.data | {"resamples": 0}).result()
+    assert HURRIED.wrong(full) == ""
+    assert HURRIED.wrong(full, level).startswith("eigenmode.points is 128")
+
+
 def test_every_shipped_example_is_deployed() -> None:
     shipped = {path for path in Path(fusion.__file__).parent.glob("*.py") if path.name != "__init__.py"}
     assert set(FUNCTION_FILES) == shipped
@@ -160,6 +183,23 @@ def test_the_table_says_where_the_time_went_and_whether_the_deadline_was_met() -
         "rabc tokamak shot 900001 shot_done gateway 3, run 240, commit 7 0.250 s 60 s yes right"
     )
     assert second.split()[-4:] == ["-", "none", "no", "wrong"]
+
+
+def test_what_came_first_and_what_took_its_place_is_told() -> None:
+    def answer(level: int, function: str, second: int) -> AnswerView:
+        return AnswerView(
+            invocation_id=function,
+            fidelity=Fidelity(level=level, function=function, of=3),
+            answered_at=f"2026-01-01T00:00:0{second}.000000Z",
+            in_time=True,
+            links=AnswerLinks(self="/"),
+        )
+
+    view = run_view(answers=[answer(1, "shot_modes_64", 2), answer(0, "shot_modes", 8)])
+    assert demo.fidelity(run_view()) == ""
+    assert demo.fidelity(view) == "level 1, full"
+    told = demo.improvement(HURRIED, view)
+    assert told.endswith("(60 s): shot_modes_64 after 2.0 s, superseded by shot_modes after 8.0 s.")
 
 
 def test_a_right_answer_that_came_late_is_not_good() -> None:

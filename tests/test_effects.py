@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from functions import effects
-from functions.effects import Attempted, World
+from functions.effects import Attempted
 from headrace.errors import UserError
 from headrace.model import ErrorInfo, EventFilter, FunctionOptions, Route
 from headrace.wire import (
@@ -31,7 +31,7 @@ KNOWN = {
     name: FunctionRecord(name=name, version="v1", options=FunctionOptions(), code_blob="b", registered_at=0.0)
     for name in ("a", "b", "join")
 }
-ROUTES = [RouteRecord(name="peaks", tenant="t", route=Route(function="b", filter=EventFilter(type="org.peak")))]
+ROUTES = [RouteRecord(name="peaks", tenant="default", route=Route(function="b", filter=EventFilter(type="org.peak")))]
 TRIED = Attempted(attempt=1, worker="w", queued_at=101.0, started_at=102.0, ended_at=105.0)
 ROOT = Invocation(
     run_id="r",
@@ -39,19 +39,20 @@ ROOT = Invocation(
     function="a",
     version="v1",
     route="a",
-    tenant="t",
+    tenant="default",
     payload=NOTHING,
     accepted_at=100.0,
     sent_at=100.0,
     deadline=160.0,
 )
 
+WORLD = effects.World(function=KNOWN.get, routes=ROUTES, now=105.0)
+
 
 def succeed(
     *asked: Effect, of: Invocation = ROOT, kept: dict[int, Payload] | None = None
 ) -> tuple[Outcome, list[Record]]:
-    world = World(function=KNOWN.get, routes=ROUTES, now=105.0)
-    return effects.succeed(of, TRIED, result=NOTHING, answer=None, effects=list(asked), kept=kept or {}, world=world)
+    return effects.succeed(of, TRIED, result=NOTHING, answer=None, effects=list(asked), kept=kept or {}, world=WORLD)
 
 
 def work(records: list[Record]) -> list[Invocation]:
@@ -123,7 +124,7 @@ def test_a_part_of_a_large_map_starts_its_members_and_fills_no_slot() -> None:
     slot = Slot(scope="s", index=0, size=1000, then="join", then_version="v1", opened_by="root")
     part = Spread(function="b", version="v1", payloads=NOTHING, slot=slot, first=256, last=258)
     payloads = [Payload(body=b"%d" % n, size=3) for n in range(1000)]
-    records = effects.spread(structs.replace(ROOT, function=SPREADER), TRIED, part, payloads, 105.0)
+    records = effects.spread(structs.replace(ROOT, function=SPREADER), TRIED, part, payloads, WORLD)
     assert [(m.slot.index, m.payload.body, m.parent_id) for m in work(records) if m.slot] == [
         (256, b"256", "root"),
         (257, b"257", "root"),

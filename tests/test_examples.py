@@ -32,8 +32,8 @@ BENCH = Bench(*MODULES)
 class Ran:
     """What came of one trigger: the functions that ran, in order, the answer, and the progress of the last one."""
 
-    def __init__(self, function: str, data: Any) -> None:
-        trace = BENCH.fire(function, data)
+    def __init__(self, function: str, data: Any, rung: int = 0) -> None:
+        trace = BENCH.fire(function, data, rung=rung)
         self.answer = trace.result()
         self.functions = [step.function for step in trace.steps]
         self.progress = trace.steps[-1].progress
@@ -99,6 +99,32 @@ def test_a_shot_with_a_tearing_mode_is_flagged_and_its_modes_are_found() -> None
     assert [peak["window"] for peak in mode["peaks"]] == list(range(8))
     found = [peak["f_khz"] for peak in mode["peaks"]]
     assert found == pytest.approx([window["eigenmode_khz"] for window in known["windows"]], abs=0.1)
+
+
+@pytest.mark.parametrize(("rung", "points", "f_khz", "chirp_khz"), [(1, 64, 0.2, 0.05), (2, 32, 1.2, 0.2)])
+def test_fewer_points_find_the_same_mode_less_sharply(rung: int, points: int, f_khz: float, chirp_khz: float) -> None:
+    event, known = shot(900001)
+    ran = Ran("shot_done", event, rung)
+    assert ran.functions == ["shot_done", f"shot_modes_{points}"]
+    mode = ran.answer["eigenmode"]
+    bin_per_m = 1 / (points * known["channel_spacing_m"])
+    assert mode["points"] == points
+    assert mode["k_per_m"] == pytest.approx(known["eigenmode"]["k_per_m"], abs=bin_per_m / 2 + 1e-6)
+    assert mode["chirp_khz_per_window"] == pytest.approx(known["eigenmode"]["chirp_hz_per_window"] / 1e3, abs=chirp_khz)
+    found = [peak["f_khz"] for peak in mode["peaks"]]
+    assert found == pytest.approx([window["eigenmode_khz"] for window in known["windows"]], abs=f_khz)
+    assert all(peak["f_spread_khz"] is None for peak in mode["peaks"])
+
+
+def test_noise_moves_the_frequency_by_as_much_as_is_said() -> None:
+    event, known = shot(900001)
+    spreads = {}
+    for rung, points in ((0, 128), (1, 64), (2, 32)):
+        peaks = Ran("shot_done", event | {"resamples": 200}, rung).answer["eigenmode"]["peaks"]
+        errors = [p["f_khz"] - w["eigenmode_khz"] for p, w in zip(peaks, known["windows"], strict=True)]
+        spreads[points] = float(np.median([p["f_spread_khz"] for p in peaks]))
+        assert float(np.sqrt(np.mean(np.square(errors)))) < 2 * spreads[points]
+    assert spreads[128] < spreads[64] / 2 < spreads[32] / 4
 
 
 def test_a_quiet_shot_is_not_flagged_and_chains_nothing() -> None:

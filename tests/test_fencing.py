@@ -175,7 +175,7 @@ async def test_work_that_waited_too_long_is_dead_and_says_so(log: Log, link: Lin
 
 async def test_work_that_nobody_can_read_ends_dead(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "UNREADABLE_DELIVERIES_MAX", 1)
-    await platform.log.append([Record(work_subject(0, "t", "r", "i"), b"\xc1 not a message")])
+    await platform.log.append([Record(work_subject(0, "default", "r", "i"), b"\xc1 not a message")])
     async with asyncio.timeout(20):
         while (done := await platform.log.last(done_subject("r", "i"))) is None:
             await asyncio.sleep(0.02)

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.backlog import RETRY_S_MAX, Backlog
 from gateway.problems import Busy
-from headrace.errors import Unavailable
+from headrace.errors import Overloaded, Unavailable
 from streams.backlog import Lanes, Look
 from streams.link import Link
 from streams.log import Log, Record
@@ -27,6 +27,8 @@ class Counted:
     def __init__(self) -> None:
         self.now = 0.0
         self.waiting = [0] * LANES
+        self.held = [0] * LANES
+        self.given_back = 0
         self.ended = 0
         self.away = False
         self.looks = 0
@@ -38,7 +40,7 @@ class Counted:
         self.looks += 1
         if self.away:
             raise Unavailable("away")
-        return Look(self.now, tuple(self.waiting), (0,) * LANES, self.ended, "count")
+        return Look(self.now, tuple(self.waiting), tuple(self.held), self.ended, "count", given_back=self.given_back)
 
 
 @pytest.fixture
@@ -259,3 +261,111 @@ async def test_the_server_counts_what_waits_and_what_ends(link: Link, log: Log) 
     assert after.waiting[4] == sum(after.waiting) == 7
     assert after.ended == 5
     assert after.counting == before.counting
+
+
+# ---------------------------------------------------------------- several tenants
+
+
+def shared(lanes: Counted, **waiting: int) -> Look:
+    """Return a look at tenants with so much work each, all of it in the lane of 8 to 16 s."""
+    tenants = {name: (0, 0, 0, number, *(0,) * (LANES - 4)) for name, number in waiting.items()}
+    total = tuple(map(sum, zip(*tenants.values(), strict=True)))
+    return Look(lanes.now, total, (0,) * LANES, lanes.ended, "count", tenants)
+
+
+def learn(backlog: Backlog, lanes: Counted, ended: int, **waiting: int) -> None:
+    lanes.now += 1.0
+    lanes.ended += ended
+    backlog.learn(shared(lanes, **waiting))
+
+
+async def test_of_another_tenants_work_no_more_is_ahead_than_of_ones_own(backlog: Backlog, lanes: Counted) -> None:
+    for _ in range(10):
+        learn(backlog, lanes, 10, default=0, a=400, b=3)
+    with pytest.raises(Busy):  # 400 pieces, at ten a second
+        backlog.check(NOW + 10.0, NOW, tenant="a")
+    backlog.check(NOW + 10.0, NOW, tenant="b")  # its three, and four of a's
+    backlog.check(NOW + 10.0, NOW)
+    assert backlog.wait_s(NOW + 10.0, NOW, "b") < 1.0 < 30.0 < backlog.wait_s(NOW + 10.0, NOW, "a")
+
+
+async def test_a_tenant_may_have_as_much_waiting_as_there_is_room_left(backlog: Backlog, lanes: Counted) -> None:
+    learn(backlog, lanes, 0, default=0, a=499, b=0)
+    backlog.check(None, NOW, tenant="a")
+    backlog.took("r", None, NOW, tenant="a")
+    with pytest.raises(Overloaded) as refused:
+        backlog.check(None, NOW, tenant="a")
+    assert not isinstance(refused.value, Busy)
+    backlog.check(None, NOW, runs=300, tenant="b")
+    backlog.check(None, NOW, runs=300)
+
+
+async def test_one_who_is_alone_may_fill_all_of_it(backlog: Backlog, lanes: Counted) -> None:
+    learn(backlog, lanes, 0, default=999)
+    backlog.check(None, NOW)
+    with pytest.raises(Busy):
+        backlog.check(None, NOW, runs=2)
+
+
+async def test_a_backlog_that_fits_into_the_hands_of_workers_counts_once_they_give_back(
+    backlog: Backlog, lanes: Counted
+) -> None:
+    lanes.held[5] = 100
+    for _ in range(20):
+        lanes.ended += 1
+        await look(backlog, lanes)
+    backlog.check(NOW + 40.0, NOW)  # that much may be running: nobody had to give anything back
+    lanes.given_back = 90
+    for _ in range(20):
+        lanes.ended += 1
+        await look(backlog, lanes)
+    with pytest.raises(Busy, match="100 pieces of work are ahead"):
+        backlog.check(NOW + 40.0, NOW)
+
+
+async def test_a_few_attempts_that_came_again_are_no_backlog(backlog: Backlog, lanes: Counted) -> None:
+    lanes.held[5], lanes.given_back = 7, 7
+    for _ in range(20):
+        await look(backlog, lanes)
+    backlog.check(NOW + 40.0, NOW)
+    lanes.held[5], lanes.given_back = 100, 40
+    for _ in range(20):
+        await look(backlog, lanes)
+    backlog.check(NOW + 40.0, NOW)
+
+
+async def test_hands_that_stay_full_for_a_moment_are_still_a_backlog(backlog: Backlog, lanes: Counted) -> None:
+    lanes.held[5], lanes.waiting[5] = 200, 10
+    for _ in range(20):
+        lanes.ended += 1
+        await look(backlog, lanes)
+    lanes.waiting[5] = 0
+    await look(backlog, lanes)
+    with pytest.raises(Busy):
+        backlog.check(NOW + 40.0, NOW)
+    lanes.held[5] = 20
+    await look(backlog, lanes)
+    backlog.check(NOW + 40.0, NOW)
+
+
+async def test_after_a_storm_nobody_is_told_of_it(lanes: Counted) -> None:
+    backlog = Backlog(lanes, backlog_max=1000, clock=lanes.clock)
+
+    async def pass_by(looks: int) -> None:
+        """Let time pass until it has looked so often, though nobody sends anything."""
+        wanted = lanes.looks + looks
+        async with asyncio.timeout(30):
+            while lanes.looks < wanted:
+                lanes.now += 0.5
+                await asyncio.sleep(0.01)
+
+    lanes.waiting[3] = 500
+    backlog.check(NOW + 10.0, NOW)
+    await pass_by(3)
+    with pytest.raises(Busy):
+        backlog.check(NOW + 10.0, NOW)
+    lanes.waiting[3] = 0
+    await pass_by(1)
+    await asyncio.sleep(0)
+    backlog.check(NOW + 10.0, NOW)
+    await backlog.close()

@@ -19,7 +19,7 @@ import pytest
 from gateway.spool import Announced, Spool
 from headrace.errors import NotFound
 from headrace.model import Code
-from headrace.wire import decode
+from headrace.wire import Expected, ForecastRow, decode
 from streams.blobs import FolderBlobs
 from tests.doors import CODE, Door, Doors
 
@@ -299,9 +299,26 @@ async def test_an_upload_that_is_not_there_is_a_404(door: Door, name: str) -> No
 def test_what_has_expired_is_swept_and_what_has_not_stays(tmp_path: Path) -> None:
     spool = Spool(FolderBlobs(tmp_path))
     for name, expires_at in (("a" * 32, 100.0), ("b" * 32, 300.0)):
-        spool.begin(name, Announced(size=10, part_bytes=5, expires_at=expires_at))
+        spool.begin(name, Announced(size=10, part_bytes=5, expires_at=expires_at), 100.0)
     assert spool.reserved() == (2, 20)
     assert spool.sweep(200.0) == 1
     assert spool.announced("b" * 32).parts == 2
     with pytest.raises(NotFound):
         spool.announced("a" * 32)
+
+
+async def test_a_function_tells_what_is_expected_of_it(door: Door) -> None:
+    _, made, _ = await door.ask("PUT", "/v1/functions/f", json={"code": CODE})
+    assert (await door.ask("GET", "/v1/functions/f"))[1]["expected"] == {}
+    kinds = {
+        f"run|{made['version']}||": Expected(1.0, 2.0, 3.0, 7),
+        "run|||": Expected(9.0, 9.0, 9.0, 9),
+        "rest|||": Expected(0.1, 0.2, 0.3, 4),
+    }
+    await door.tables.forecasts.put("f", ForecastRow(function="f", kinds=kinds, at=0.0))
+    expected = {
+        "run": {"p50_s": 1.0, "p90_s": 2.0, "p99_s": 3.0, "observations": 7},
+        "rest": {"p50_s": 0.1, "p90_s": 0.2, "p99_s": 0.3, "observations": 4},
+    }
+    assert (await door.ask("GET", "/v1/functions/f"))[1]["expected"] == expected
+    assert (await door.ask("GET", "/v1/functions"))[1]["functions"][0]["expected"] == expected

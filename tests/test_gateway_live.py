@@ -59,7 +59,7 @@ FIRST = Invocation(
     function="f",
     version="v",
     route="r",
-    tenant="t",
+    tenant="default",
     payload=Payload(),
     accepted_at=100.0,
     sent_at=100.0,
@@ -72,7 +72,7 @@ DONE = Outcome(
     function="f",
     version="v",
     route="r",
-    tenant="t",
+    tenant="default",
     state="succeeded",
     attempts=1,
     queued_at=100.0,
@@ -174,7 +174,7 @@ def test_other_facts_tell_one_thing_each() -> None:
 def test_the_events_of_a_run_agree_with_its_view() -> None:
     end = RunEnd(run_id="R", state="succeeded", answer_id="I", spent=DONE.spent)
     facts = [
-        Stored(1, "hr.work.3.t.R.I", encode(FIRST), 100.1),
+        Stored(1, "hr.work.3.default.R.I", encode(FIRST), 100.1),
         stored("done", structs.replace(DONE, end=end), 103.0, seq=2),
     ]
     folded = fold_run(facts)

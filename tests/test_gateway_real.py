@@ -22,8 +22,9 @@ from headrace.wire import Invocation, Outcome, Payload, RunEnd, decode, encode
 from infra.embedded import RedisServer
 from streams.blobs import FolderBlobs
 from streams.follow import follow
-from streams.ledger import Reader, Writer
+from streams.ledger import Writer
 from streams.log import Log, Record
+from streams.reader import Reader
 from streams.tables import Tables, open_tables
 from streams.topology import done_subject, work_subject
 from tests.doors import TOKEN, Doors, Front

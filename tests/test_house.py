@@ -65,6 +65,22 @@ def test_nats_and_redis_are_spoken_in_streams_alone() -> None:
     assert speakers <= {"streams", "infra"}
 
 
+def test_the_s3_library_is_imported_in_one_room_and_only_when_that_is_needed() -> None:
+    assert [str(room.relative_to(ROOT)) for room in ALL if "boto3" in imported(room)] == ["streams/s3.py"]
+    told = (
+        "import sys; import gateway.app, workers.worker, workers.staging, infra.services; print('boto3' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", told],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == "False"
+
+
 def test_the_gateway_opens_nothing_that_users_send() -> None:
     openers = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "tarfile", "zipfile", "importlib", "runpy"}
     assert {str(room): imported(room) & openers for room in rooms("gateway") if imported(room) & openers} == {}

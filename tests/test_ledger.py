@@ -13,8 +13,10 @@ from redis.asyncio import Redis
 from headrace.errors import BadRequest, Unavailable
 from headrace.wire import NOTHING, Call
 from infra.embedded import RedisServer
-from streams.ledger import Reader, Writer
+from streams.ledger import Writer
 from streams.log import Log
+from streams.reader import Reader
+from streams.topology import DEFAULT_TENANT
 from tests.stories import children, failure, success, trigger
 
 
@@ -80,7 +82,7 @@ async def test_pages_go_from_new_to_old_and_end(log: Log, reader: Reader) -> Non
     seen: list[str] = []
     cursor: str | None = None
     for _ in range(10):
-        page = await reader.page(limit=10, cursor=cursor)
+        page = await reader.page(DEFAULT_TENANT, limit=10, cursor=cursor)
         seen += [run.event.id for run in page.runs]
         cursor = page.next
         if cursor is None:
@@ -91,27 +93,27 @@ async def test_pages_go_from_new_to_old_and_end(log: Log, reader: Reader) -> Non
 async def test_pages_can_be_narrowed_by_state_route_and_time(log: Log, reader: Reader) -> None:
     await fill(log, 12)
     await caught_up(reader, log)
-    failed = await reader.page(state="failed")
+    failed = await reader.page(DEFAULT_TENANT, state="failed")
     assert [run.event.id for run in failed.runs] == ["e10", "e7", "e4", "e1"]
-    assert (await reader.page(route="g")).runs == []
-    assert [r.event.id for r in (await reader.page(since=1010.0)).runs] == ["e11", "e10"]
-    assert await reader.open_runs("f") == 4
+    assert (await reader.page(DEFAULT_TENANT, route="g")).runs == []
+    assert [r.event.id for r in (await reader.page(DEFAULT_TENANT, since=1010.0)).runs] == ["e11", "e10"]
+    assert await reader.open_runs(DEFAULT_TENANT, "f") == 4
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": 1001}, {"cursor": "x"}, {"cursor": "-1"}])
 async def test_a_page_that_cannot_be_is_refused(reader: Reader, wrong: dict[str, object]) -> None:
     with pytest.raises(BadRequest):
-        await reader.page(**wrong)  # type: ignore[arg-type] # wrong on purpose
+        await reader.page(DEFAULT_TENANT, **wrong)  # type: ignore[arg-type] # wrong on purpose
 
 
 async def test_a_wiped_redis_is_filled_again_from_the_log(log: Log, reader: Reader, redis: Redis) -> None:
     await fill(log, 30)
     await caught_up(reader, log)
-    before = [(run.run_id, run.state) for run in (await reader.page(limit=100)).runs]
+    before = [(run.run_id, run.state) for run in (await reader.page(DEFAULT_TENANT, limit=100)).runs]
     await redis.flushall()
     await log.append([trigger("after").record])
     await caught_up(reader, log)
-    after = [(run.run_id, run.state) for run in (await reader.page(limit=100)).runs]
+    after = [(run.run_id, run.state) for run in (await reader.page(DEFAULT_TENANT, limit=100)).runs]
     assert after[1:] == before
 
 
@@ -122,13 +124,13 @@ async def test_a_killed_redis_is_caught_up_with(log: Log, reader: Reader, redis_
     os.kill(redis_server.pid, signal.SIGKILL)
     await fill(log, 9, first_id=9)
     await caught_up(reader, log)
-    assert len((await reader.page(limit=100)).runs) == 18
+    assert len((await reader.page(DEFAULT_TENANT, limit=100)).runs) == 18
 
 
 async def test_while_redis_is_away_a_read_says_so(reader: Reader, redis_server: RedisServer) -> None:
     await redis_server.stop()
     with pytest.raises(Unavailable) as caught:
-        await reader.page()
+        await reader.page(DEFAULT_TENANT)
     assert caught.value.hint
 
 

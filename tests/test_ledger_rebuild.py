@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -15,9 +15,10 @@ from headrace.wire import NOTHING, Invocation, Map, Started, encode
 from infra.embedded import RedisServer
 from streams import ledger
 from streams.follow import follow
-from streams.ledger import FACTS, LAYOUT, POSITION, WHOLE, Reader, Writer
+from streams.ledger import FACTS, LAYOUT, POSITION, WHOLE, Writer
 from streams.log import Log, Record
-from streams.topology import start_subject
+from streams.reader import Reader
+from streams.topology import DEFAULT_TENANT, start_subject
 from tests.stories import children, failure, function, route, success, trigger
 
 
@@ -95,7 +96,7 @@ async def give_another_go(log: Log, dead: Invocation, key: str) -> str:
 
 
 async def dead_runs(reader: Reader, **narrowed: Any) -> list[str]:
-    return [one.run.run_id for one in (await reader.dead(**narrowed)).dead]
+    return [one.run.run_id for one in (await reader.dead(DEFAULT_TENANT, **narrowed)).dead]
 
 
 async def test_the_dead_are_listed_until_they_are_replayed(log: Log, redis: Redis, writer: Writer) -> None:
@@ -122,7 +123,7 @@ async def test_pages_of_the_dead_end(log: Log, redis: Redis, writer: Writer) -> 
     found: list[str] = []
     cursor: str | None = None
     while True:
-        page = await Reader(redis).dead(limit=3, cursor=cursor)
+        page = await Reader(redis).dead(DEFAULT_TENANT, limit=3, cursor=cursor)
         found += [one.run.run_id for one in page.dead]
         cursor = page.next
         if cursor is None:
@@ -134,8 +135,8 @@ async def test_after_a_wipe_every_key_is_as_it_was(log: Log, redis: Redis, write
     await fill(log, 50)
     await caught_up(log, redis)
     before = await everything(redis)
-    assert len(before[b"hr:dead:left"]) == 10 + 30
-    assert len(before[b"hr:dead"]) == 20 + 30
+    assert len(before[b"hr:dead:left:default"]) == 10 + 30
+    assert len(before[b"hr:dead:all:default"]) == 20 + 30
     assert before[b"hr:totals"] == {b"accepted": b"60", b"ended": b"30"}
     await redis.flushall()
     await log.append([trigger("e0").record._replace(absent=None)])  # what comes twice counts once
@@ -168,7 +169,11 @@ async def test_lists_are_refused_until_the_read_model_is_whole(
 ) -> None:
     await fill(log, 20)
     reader, writer = Reader(redis), Writer(log, redis)
-    refused = [reader.page, reader.dead, lambda: reader.open_runs("f")]
+    refused: list[Callable[[], Awaitable[Any]]] = [
+        lambda: reader.page(DEFAULT_TENANT),
+        lambda: reader.dead(DEFAULT_TENANT),
+        lambda: reader.open_runs(DEFAULT_TENANT, "f"),
+    ]
     monkeypatch.setattr(ledger, "WINDOW", 8)
     await writer._begin()
     batches = follow(log, FACTS, after=0, window=8)
@@ -177,26 +182,26 @@ async def test_lists_are_refused_until_the_read_model_is_whole(
     async for batch in batches:
         for ask in refused:
             with pytest.raises(Unavailable, match="built anew"):
-                await ask()  # type: ignore[operator] # each asks for something else
+                await ask()
         await writer.step(batch)
         seen += 1
         if batch[-1].seq >= end:
             break
     await batches.aclose()
     assert seen > 3
-    assert len((await reader.page()).runs) == 24
-    assert await reader.open_runs("f") == 4 + 4 + 4
+    assert len((await reader.page(DEFAULT_TENANT)).runs) == 24
+    assert await reader.open_runs(DEFAULT_TENANT, "f") == 4 + 4 + 4
 
 
 async def test_keys_of_another_release_are_thrown_away(log: Log, redis: Redis) -> None:
     await fill(log, 10)
     await redis.set(POSITION, 5)
-    await redis.zadd("hr:open:f", {"stray": 1})
+    await redis.zadd("hr:open:default:f", {"stray": 1})
     await redis.set(LAYOUT, "1")
     writing = asyncio.create_task(Writer(log, redis).run())
     await caught_up(log, redis)
     assert (await everything(redis))[b"hr:totals"] == {b"accepted": b"12", b"ended": b"6"}
-    assert await redis.zscore("hr:open:f", "stray") is None
+    assert await redis.zscore("hr:open:default:f", "stray") is None
     writing.cancel()
     await asyncio.gather(writing, return_exceptions=True)
 
@@ -209,7 +214,7 @@ async def test_what_is_further_than_the_log_is_of_another_log(log: Log, redis: R
     async with asyncio.timeout(20):
         while int(await redis.get(POSITION) or 0) != await log.end_seq():
             await asyncio.sleep(0.01)
-    assert len((await Reader(redis).page()).runs) == 6
+    assert len((await Reader(redis).page(DEFAULT_TENANT)).runs) == 6
     writing.cancel()
     await asyncio.gather(writing, return_exceptions=True)
 
@@ -230,7 +235,7 @@ async def test_the_dead_are_forgotten_together_with_their_runs(
     await batches.aclose()
     kept = int(await redis.zcard("hr:runs"))
     assert 20 <= kept <= 30
-    for key in ("hr:dead", "hr:dead:left"):
+    for key in ("hr:dead:all:default", "hr:dead:left:default"):
         assert int(await redis.zcard(key)) == kept
     assert len(await redis.hkeys("hr:dead:runs")) == kept
     assert await Reader(redis).run_of_dead(runs[0].invocation_id) is None
@@ -250,7 +255,7 @@ async def test_a_first_invocation_that_comes_twice_does_not_open_its_run_again(
     assert record is not None
     assert record.state == "succeeded"
     assert (await everything(redis))[b"hr:totals"] == {b"accepted": b"1", b"ended": b"1"}
-    assert await Reader(redis).open_runs("f") == 0
+    assert await Reader(redis).open_runs(DEFAULT_TENANT, "f") == 0
 
 
 async def test_an_attempt_that_is_told_late_does_not_change_what_has_ended(

@@ -14,7 +14,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from headrace import AsyncClient
-from headrace.model import ErrorInfo
+from headrace.model import ErrorInfo, Quote, Verdict
 from tests.platforms import UpProcess
 from tests.watched import TOKEN, Stage, Watched, text_of
 
@@ -96,6 +96,17 @@ def analyse_shot(go: str, ctx: Context) -> dict:
         time.sleep(0.01)
     return {"q95": 4.1}
 
+@function
+def glance(go: str) -> str:
+    return "about four"
+
+@on(deadline="3s", on_late="degrade", name="looks")
+@function(timeout="60s", variants=[glance])
+def look(go: str) -> str:
+    while not Path(go).exists():
+        time.sleep(0.01)
+    return "4.1"
+
 @on(deadline="1h", name="spoiled")
 @function
 def spoil(text: str) -> None:
@@ -141,6 +152,22 @@ async def test_what_is_triggered_appears_with_its_time_left_and_then_with_its_an
     assert await page.evaluate("window.same")
 
 
+async def test_an_answer_of_a_cheaper_variant_is_told_as_such_until_the_full_one_is_there(
+    shared_platform: UpProcess, client: AsyncClient, show: Show, tmp_path: Path
+) -> None:
+    page = await show(shared_platform.url + "/", shared_platform.token)
+    run = await client.trigger("looks", str(tmp_path / "go"))
+    flying = page.locator("#open li", has_text="looks")
+    await expect(flying).to_contain_text("answered at level 1 of 1 by glance, a better answer is on its way")
+    (tmp_path / "go").touch()
+    row = page.locator("#ended li", has_text="looks")
+    await expect(row.locator(".word")).to_have_text("on time")
+    await expect(row.locator(".spare")).not_to_contain_text("level")
+    await row.locator("summary").click()
+    await expect(row.locator(".answer")).to_have_text('"4.1"')
+    assert (await run.ended()).fidelity is not None
+
+
 async def test_an_error_of_user_code_is_shown_as_the_text_that_it_is(
     shared_platform: UpProcess, client: AsyncClient, show: Show
 ) -> None:
@@ -179,6 +206,19 @@ async def test_a_run_with_a_tenth_of_its_time_left_is_called_at_risk(stage: Stag
     stage.accept("fusion", age_s=9_500, due_in_s=500)
     page = await show(stage.url)
     await expect(page.locator("#word")).to_have_text("at risk")
+
+
+@pytest.mark.parametrize(("verdict", "said"), [("at_risk", ""), ("infeasible", "not expected in time")])
+async def test_a_run_whose_quote_was_no_good_says_so_from_the_start(
+    stage: Stage, show: Show, verdict: Verdict, said: str
+) -> None:
+    stage.accept("fusion", due_in_s=500, quote=Quote(verdict=verdict, p50_s=6.0, p90_s=7.0))
+    stage.accept("alerts", due_in_s=600, quote=Quote(verdict="on_track", p50_s=6.0, p90_s=7.0))
+    page = await show(stage.url)
+    fusion, alerts = page.locator("#open li").nth(0), page.locator("#open li").nth(1)
+    await expect(fusion).to_contain_text(re.compile(f"at risk fusion .*{said}"))
+    await expect(alerts).to_contain_text("on time alerts")
+    await expect(alerts).not_to_contain_text("not expected")
 
 
 async def test_a_run_is_shown_where_it_is_and_then_with_its_result_without_a_reload(stage: Stage, show: Show) -> None:

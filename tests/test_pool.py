@@ -17,6 +17,7 @@ import msgspec
 import pytest
 import uvloop
 
+from headrace.children import ChildLimits
 from headrace.errors import (
     BadRequest,
     ChildLost,
@@ -28,7 +29,7 @@ from headrace.errors import (
     UserError,
 )
 from headrace.model import Code
-from headrace.wire import JSON, PICKLE, Ask, ChildLimits, EventMeta, Granted, Invoke, Returned, Said
+from headrace.wire import JSON, PICKLE, Ask, EventMeta, Granted, Invoke, Returned, Said
 from workers.pool import Pool
 
 MIB = 1024 * 1024
@@ -58,6 +59,7 @@ class Runs:
         event: EventMeta | None = None,
         files: dict[str, str] | None = None,
         heard: list[tuple[str, str]] | None = None,
+        tenant: str = "",
     ) -> Returned:
         text = textwrap.dedent(text)
         listen = self.heard if heard is None else heard
@@ -88,6 +90,7 @@ class Runs:
                 type=kind,
                 body=msgspec.json.encode(data) if body is None else body,
                 event=event,
+                tenant=tenant,
             ),
             code,
             timeout_s=timeout_s,
@@ -200,6 +203,51 @@ async def test_as_many_invocations_run_at_a_time_as_there_are_slots(runs: Runs, 
 async def test_more_invocations_than_slots_wait_for_their_turn(runs: Runs) -> None:
     assert await asyncio.gather(*(runs.value(NOOP, n) for n in range(50))) == list(range(50))
     assert runs.pool.processes == 2
+
+
+PRIVATE = """
+import builtins, os
+
+def run(data):
+    seen = getattr(builtins, "seen", [])
+    builtins.seen = [*seen, data]
+    return [os.getpid(), seen]
+"""
+
+
+async def test_no_code_of_one_tenant_runs_where_that_of_another_did(tmp_path: Path) -> None:
+    async with pool_of(tmp_path, slots=1) as runs:
+        first, seen = await runs.value(PRIVATE, "secret", tenant="a")
+        assert seen == []
+        other, seen = await runs.value(PRIVATE, "mine", tenant="b")
+        assert (seen, other != first) == ([], True)
+        # It comes back to its own process, which has the code loaded still.
+        assert await runs.value(PRIVATE, "again", tenant="a") == [first, ["secret"]]
+        assert runs.loads == 2
+
+
+async def test_whoever_waits_longest_is_next_whosoever_process_was_free(tmp_path: Path) -> None:
+    async with pool_of(tmp_path, slots=1) as runs:
+        turns: list[str] = []
+
+        async def turn(tenant: str) -> None:
+            await runs.value(PRIVATE, tenant, tenant=tenant)
+            turns.append(tenant)
+
+        names = ["a", "b", "a", "c", "b"]
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for name in names:
+                group.create_task(turn(name))
+        assert turns == names
+
+
+async def test_processes_kept_for_tenants_are_few(tmp_path: Path) -> None:
+    async with pool_of(tmp_path, slots=2) as runs:
+        for round_ in range(3):
+            calls = [runs.value(PRIVATE, round_, tenant=f"t{n}") for n in range(6)]
+            found = await asyncio.wait_for(asyncio.gather(*calls), 60)
+            assert all(len(set(seen)) == len(seen) for _, seen in found)
+        await until(lambda: runs.pool.processes <= 4)
 
 
 async def test_it_works_the_same_on_uvloop(tmp_path: Path) -> None:
@@ -881,7 +929,8 @@ WORKER = """
 import asyncio, sys
 from pathlib import Path
 from headrace.model import Code
-from headrace.wire import ChildLimits, Invoke
+from headrace.children import ChildLimits
+from headrace.wire import Invoke
 from workers.pool import Pool
 
 async def main():

@@ -79,14 +79,14 @@ async def test_a_damaged_consumer_does_not_keep_the_log_from_starting(tmp_path: 
         await link.close()
         await server.stop()
         consumers = server.stream_dir() / "obs"
-        (consumers / "work-0" / "o.dat").write_bytes(left)
-        (consumers / "work-1" / "meta.inf").write_bytes(left)
+        (consumers / "work-0-default" / "o.dat").write_bytes(left)
+        (consumers / "work-1-default" / "meta.inf").write_bytes(left)
 
 
 def test_sound_consumers_are_left_alone(tmp_path: Path) -> None:
-    consumer = tmp_path / "obs" / "work-0"
+    consumer = tmp_path / "obs" / "work-0-default"
     consumer.mkdir(parents=True)
-    (consumer / "meta.inf").write_text(json.dumps({"name": "work-0"}))
+    (consumer / "meta.inf").write_text(json.dumps({"name": "work-0-default"}))
     (consumer / "meta.sum").write_text("0011223344556677")
     (consumer / "o.dat").write_bytes(b"\x16\x02\0\0\0\0\0\0")
     assert mend(tmp_path) == []

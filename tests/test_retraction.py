@@ -23,7 +23,7 @@ from streams.link import Link
 from streams.log import Log, Record
 from streams.record import RunRecord, fold_run
 from streams.threads import settle
-from streams.topology import STREAM, cancel_subject, run_subjects, thread_subject
+from streams.topology import DEFAULT_TENANT, STREAM, cancel_subject, run_subjects, thread_subject
 from tests.platforms import UpProcess
 from tests.processes import wait_until
 from tests.test_worker import Platform, working
@@ -154,20 +154,22 @@ async def platform(log: Log, link: Link, tmp_path: Path) -> AsyncIterator[Platfo
 
 
 def notice(platform: Platform, name: str, key: str = "S", function: str = "slow") -> Admitted:
-    found = platform.tables.function(function)
+    found = platform.tables.function(DEFAULT_TENANT, function)
     assert found is not None
     event = alert(key, name)
     meta = EventMeta(id=event.id, source=event.source, type=event.type)
     body = json.dumps(event.data).encode()
     payload = Payload(body=body, size=len(body))
-    route = RouteRecord(name=function, tenant="t", route=Route(function=function, revision=Revision(preset="lvk")))
+    route = RouteRecord(
+        name=function, tenant="default", route=Route(function=function, revision=Revision(preset="lvk"))
+    )
     return admit(
         event=meta,
         payload=payload,
         digest="",
         route=route,
         function=found,
-        tenant="t",
+        tenant="default",
         now=time.time(),
         deadline=time.time() + 300,
         revises=standing(route, meta, payload),
@@ -216,7 +218,9 @@ async def test_a_retraction_stops_ten_thousand_members_and_the_next_work_is_soon
 async def _queued(log: Log, run: str) -> int:
     """Return how many invocations of a run the log holds."""
     raw = await log.link.nc.request(
-        f"$JS.API.STREAM.INFO.{STREAM}", msgspec.json.encode({"subjects_filter": f"hr.work.*.t.{run}.*"}), timeout=5
+        f"$JS.API.STREAM.INFO.{STREAM}",
+        msgspec.json.encode({"subjects_filter": f"hr.work.*.default.{run}.*"}),
+        timeout=5,
     )
     return len(msgspec.json.decode(raw.data)["state"].get("subjects") or {})
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.admission import Admitted, admit
-from functions.effects import RETRACTED_TYPE, World, retract, succeed
+from functions.effects import World, succeed
+from functions.retraction import RETRACTED_TYPE, retract
 from functions.revisions import ORDINARY, Standing, standing
 from functions.voevent import CITATIONS_MAX, PACKET_BYTES_MAX
 from headrace import function, on
@@ -48,7 +49,7 @@ COUNTED = {"key": "subject", "kind": "data.kind", "retraction": ["withdrawn"], "
 
 def route(**revision: Any) -> RouteRecord:
     told = revision_of(revision)
-    return RouteRecord(name="alerts", tenant="t", route=Route(function="f", revision=told))
+    return RouteRecord(name="alerts", tenant="default", route=Route(function="f", revision=told))
 
 
 def read(data: object, event: dict[str, Any] | None = None, **revision: Any) -> Standing:
@@ -105,7 +106,7 @@ def test_a_function_declares_its_revision_and_a_new_name_keeps_it() -> None:
 
 
 def test_a_route_without_a_revision_reads_nothing() -> None:
-    plain = RouteRecord(name="r", tenant="t", route=Route(function="f"))
+    plain = RouteRecord(name="r", tenant="default", route=Route(function="f"))
     assert standing(plain, EventMeta(id="e", source="s", type="x"), Payload(body=b"{")) is ORDINARY
 
 
@@ -257,7 +258,7 @@ def accept(event_id: str, data: dict[str, Any], key: str = "k") -> Admitted:
         digest="",
         route=alerts,
         function=stories.function(),
-        tenant="t",
+        tenant="default",
         now=1000.0,
         deadline=None,
         revises=standing(alerts, event, payload),
@@ -483,7 +484,7 @@ async def test_a_retraction_of_nothing_stands_for_what_comes_later() -> None:
 async def test_what_a_run_emits_after_it_was_overruled_starts_nothing() -> None:
     log = MemoryLog()
     await log.append(INITIAL.records)
-    listener = RouteRecord(name="l", tenant="t", route=Route(function="f", filter=EventFilter(type="seen")))
+    listener = RouteRecord(name="l", tenant="default", route=Route(function="f", filter=EventFilter(type="seen")))
     _, late = succeed(
         INITIAL.invocation,
         stories.tried(),
@@ -500,7 +501,9 @@ async def test_what_a_run_emits_after_it_was_overruled_starts_nothing() -> None:
 
 
 async def test_a_retraction_tells_it_in_one_event_to_the_routes_that_take_it() -> None:
-    listener = RouteRecord(name="l", tenant="t", route=Route(function="f", filter=EventFilter(type=RETRACTED_TYPE)))
+    listener = RouteRecord(
+        name="l", tenant="default", route=Route(function="f", filter=EventFilter(type=RETRACTED_TYPE))
+    )
     world = World(function=lambda _: stories.function(), routes=[listener], now=1002.0)
     outcome, unit = retract(GONE.invocation, stories.tried(), ["r1"], world)
     assert outcome.result is not None
@@ -562,7 +565,7 @@ async def test_a_chain_of_voevents_ends_the_same_in_every_order() -> None:
             digest="",
             route=alerts,
             function=stories.function(),
-            tenant="t",
+            tenant="default",
             now=1000.0,
             deadline=None,
             revises=standing(alerts, event, payload),

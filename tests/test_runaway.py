@@ -10,6 +10,7 @@ from msgspec import structs
 
 from functions import effects
 from functions.effects import Attempted, World
+from functions.runaway import worth_counting
 from headrace.errors import UserError
 from headrace.model import FunctionOptions
 from headrace.wire import NOTHING, SPREADER, Call, FunctionRecord, Invocation, Map, decode
@@ -122,11 +123,11 @@ async def test_messages_of_a_subject_are_counted(log: Log) -> None:
 
 def test_hardly_any_run_has_to_be_counted() -> None:
     most = 1_000_000
-    assert not effects.worth_counting(ROOT, 10_000, most)
-    assert not effects.worth_counting(structs.replace(ROOT, depth=999), 1, most)
-    assert not effects.worth_counting(structs.replace(ROOT, breadth=10_000, depth=1), 40, most)
-    assert effects.worth_counting(structs.replace(ROOT, breadth=10_000, depth=1), 10_000, most)
-    assert effects.worth_counting(structs.replace(ROOT, breadth=2**17, depth=17), 2, most)
+    assert not worth_counting(ROOT, 10_000, most)
+    assert not worth_counting(structs.replace(ROOT, depth=999), 1, most)
+    assert not worth_counting(structs.replace(ROOT, breadth=10_000, depth=1), 40, most)
+    assert worth_counting(structs.replace(ROOT, breadth=10_000, depth=1), 10_000, most)
+    assert worth_counting(structs.replace(ROOT, breadth=2**17, depth=17), 2, most)
 
 
 def test_breadth_multiplies_along_branches_and_a_join_goes_on_where_its_map_began() -> None:

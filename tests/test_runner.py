@@ -14,15 +14,17 @@ import msgspec
 import pytest
 
 from headrace.channel import HEADER_BYTES
+from headrace.children import ChildLimits
 from headrace.model import Code
-from headrace.wire import JSON, Ask, ChildLimits, FromChild, Granted, Invoke, Raised, Returned, Said, encode
+from headrace.wire import JSON, Ask, FromChild, Granted, Invoke, Raised, Returned, Said, encode
 
 CHILD = """
 import socket, sys
 from pathlib import Path
 from headrace.channel import Channel
 from headrace.runner import Runner
-from headrace.wire import ChildLimits, decode
+from headrace.children import ChildLimits
+from headrace.wire import decode
 
 limits = decode(bytes.fromhex(sys.argv[3]), ChildLimits)
 Runner(Channel(socket.socket(fileno=int(sys.argv[1]))), limits, Path(sys.argv[2])).serve()

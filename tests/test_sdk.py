@@ -22,6 +22,9 @@ PUBLIC = [
     "Event",
     "Executor",
     "HeadraceError",
+    "JobAttributes",
+    "JobSpec",
+    "Resources",
     "Route",
     "Run",
     "errors",
@@ -39,8 +42,8 @@ def test_the_public_names_are_these_and_all_are_there() -> None:
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error_that_names_it() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'JobSpec'"):
-        _ = headrace.JobSpec
+    with pytest.raises(AttributeError, match="no attribute 'JobArray'"):
+        _ = headrace.JobArray
     assert not hasattr(headrace, "anything")
 
 
@@ -154,3 +157,15 @@ def test_a_lambda_needs_a_name() -> None:
 def test_a_filter_takes_what_is_equal_or_begins_with_its_prefix(rule: EventFilter, taken: bool) -> None:
     event = Event(id="1", source="/beamline", type="org.example.stop")
     assert takes(rule, event) is taken
+
+
+def test_a_route_declares_who_is_let_in_and_that_only_the_newest_counts() -> None:
+    @on(type="org.test.frame", admission="strict", newest_wins=True)
+    def steer(frame: int) -> None: ...
+
+    made = declaration(steer)
+    assert made is not None
+    route = made.routes["steer"]
+    assert (route.admission, route.newest_wins) == ("strict", True)
+    plain = Route(function="f")
+    assert (plain.admission, plain.newest_wins) == ("always", False)

@@ -13,6 +13,7 @@ import pytest
 import headrace.testing
 from headrace import Context, Event, function, on
 from headrace.errors import NotFound, RunCanceled, RunFailed
+from headrace.model import Fidelity
 from headrace.testing import Bench, fire
 
 
@@ -287,3 +288,38 @@ def test_what_is_not_on_the_bench_is_told_with_what_is() -> None:
     assert "report" in caught.value.hint
     with pytest.raises(NotFound, match="ran 2 times, not once"):
         fire(run_stopped, Event(id="1", source="/b", type="run.stop", data={"frames": FRAMES})).step(find_hits)
+
+
+# ---------------------------------------------------------------- variants
+
+
+def test_of_a_function_with_variants_the_full_one_is_fired_unless_another_rung_is_asked_for() -> None:
+    @function
+    def half(x: int) -> str:
+        return "half"
+
+    @function
+    def quick(x: int) -> str:
+        return "quick"
+
+    @function(variants=[half, quick])
+    def full(x: int) -> str:
+        return "full"
+
+    @function
+    def first(x: int, ctx: Context) -> None:
+        ctx.call(full, x)
+
+    bench = Bench(first, full, half, quick)
+    assert [bench.fire(first, 1, rung=rung).answer for rung in range(4)] == ["full", "half", "quick", "quick"]
+    assert bench.fire(first, 1).step("full").fidelity == Fidelity(level=0, function="full", of=3)
+    assert bench.fire(first, 1, rung=1).step("half").fidelity == Fidelity(level=1, function="half", of=3)
+    assert bench.fire(first, 1).step("first").fidelity is None
+
+
+def test_what_follows_takes_nothing_from_the_time_of_a_step_here() -> None:
+    @function
+    def asks(data: Any, ctx: Context) -> list[float]:
+        return [ctx.time_left(), ctx.budget_left()]
+
+    assert Bench(asks).fire(asks, None, deadline="40s").answer == [40.0, 40.0]

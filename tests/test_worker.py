@@ -16,8 +16,9 @@ from msgspec import structs
 
 from functions.admission import admit, body_digest
 from functions.catalog import register, version_of
+from headrace.children import ChildLimits
 from headrace.model import Code, FunctionOptions
-from headrace.wire import Cancel, ChildLimits, EventMeta, Note, Outcome, Payload, decode, encode
+from headrace.wire import Cancel, EventMeta, Note, Outcome, Payload, decode, encode
 from streams.blobs import FolderBlobs, check_out
 from streams.follow import follow
 from streams.link import Link
@@ -25,7 +26,7 @@ from streams.log import Log, Record
 from streams.record import InvocationRecord, RunRecord, fold_run
 from streams.stored import Stored
 from streams.tables import Tables, open_tables
-from streams.topology import cancel_subject, done_subject, note_subject, run_subjects
+from streams.topology import DEFAULT_TENANT, cancel_subject, done_subject, note_subject, run_subjects
 from tests.stories import route
 from workers.pool import Pool
 from workers.worker import Tools, Worker
@@ -54,24 +55,25 @@ class Platform:
                 options=chosen,
                 code_blob=await self.blobs.put(content),
                 doc="",
+                tenant=DEFAULT_TENANT,
                 now=time.time(),
             )
             await self.tables.versions.put(f"{name}.{version}", record)
             await self.tables.functions.put(name, record)
 
-    async def trigger(self, name: str, data: object = None, deadline_s: float | None = 60.0) -> str:
-        """Accept one event for a function and return the id of its run."""
+    async def trigger(self, name: str, data: object = None, deadline_s: float | None = 60.0, **fields: object) -> str:
+        """Accept one event for a function and return the id of its run; its route has these fields."""
         self.count += 1
         body = json.dumps(data).encode()
-        function = self.tables.function(name)
+        function = self.tables.function(DEFAULT_TENANT, name)
         assert function is not None
         admitted = admit(
             event=EventMeta(id=f"e{self.count}", source="/test", type="org.test"),
             payload=Payload(body=body, size=len(body)),
             digest=body_digest("application/json", body),
-            route=route(name, function=name),
+            route=route(name, function=name, **fields),
             function=function,
-            tenant="t",
+            tenant="default",
             now=time.time(),
             deadline=None if deadline_s is None else time.time() + deadline_s,
         )
@@ -341,7 +343,7 @@ async def test_the_same_work_delivered_twice_has_its_effects_once(platform: Plat
     await platform.deploy('def f(x, ctx):\n    ctx.call("g", x)\ndef g(x):\n    return x')
     run = await platform.trigger("f", 5)
     assert await platform.answer(run) == 5
-    first = await platform.log.last(f"hr.work.*.t.{run}.*")
+    first = await platform.log.last(f"hr.work.*.default.{run}.*")
     assert first is not None
     _, before = await platform.state(run)
     lane = "11" if not first.subject.startswith("hr.work.11.") else "10"
@@ -372,7 +374,7 @@ async def test_a_large_result_travels_by_claim_check(platform: Platform) -> None
 
 async def test_a_payload_that_is_gone_is_told_and_not_tried_for_ever(platform: Platform) -> None:
     await platform.deploy("def f(x):\n    return x")
-    function = platform.tables.function("f")
+    function = platform.tables.function(DEFAULT_TENANT, "f")
     assert function is not None
     admitted = admit(
         event=EventMeta(id="gone", source="/test", type="org.test"),
@@ -380,7 +382,7 @@ async def test_a_payload_that_is_gone_is_told_and_not_tried_for_ever(platform: P
         digest="",
         route=route("f", function="f"),
         function=function,
-        tenant="t",
+        tenant="default",
         now=time.time(),
         deadline=None,
     )

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from playwright.async_api import ConsoleMessage, Page, Request
 
-from functions.admission import admit
-from gateway.app import TENANT, build
+from functions.admission import UNKNOWN, admit
+from gateway.app import build
 from gateway.limits import GatewayLimits
 from gateway.server import Runner
-from headrace.model import ErrorInfo, FunctionOptions, InvocationState, Route, RunState, TimeLedger
+from headrace.model import ErrorInfo, FunctionOptions, InvocationState, Quote, Route, RunState, TimeLedger
 from headrace.wire import (
     EventMeta,
     FunctionRecord,
@@ -29,7 +29,7 @@ from headrace.wire import (
     encode,
 )
 from streams.blobs import FolderBlobs
-from streams.topology import done_subject, note_subject, start_subject
+from streams.topology import DEFAULT_TENANT, done_subject, note_subject, start_subject
 from tests.doubles import MemoryLog, MemoryReader, MemoryTables
 
 TOKEN = "a-token-for-tests"
@@ -75,20 +75,23 @@ class Stage:
             await self._runner.cleanup()
             self._runner = None
 
-    def accept(self, route: str = "fusion", *, age_s: float = 0.0, due_in_s: float | None = 60.0) -> Invocation:
-        """Accept a run, ``age_s`` seconds ago, that is due ``due_in_s`` seconds from now."""
+    def accept(
+        self, route: str = "fusion", *, age_s: float = 0.0, due_in_s: float | None = 60.0, quote: Quote = UNKNOWN
+    ) -> Invocation:
+        """Accept a run with this quote, ``age_s`` seconds ago, that is due ``due_in_s`` seconds from now."""
         now = time.time()
         admitted = admit(
             event=EventMeta(id=str(next(self._numbers)), source="/test", type="org.test"),
             payload=Payload(body=b"1", size=1),
             digest="",
-            route=RouteRecord(name=route, tenant=TENANT, route=Route(function="analyse")),
+            route=RouteRecord(name=route, tenant=DEFAULT_TENANT, route=Route(function="analyse")),
             function=FunctionRecord(
                 name="analyse", version="v1", options=FunctionOptions(), code_blob="0" * 64, registered_at=now
             ),
-            tenant=TENANT,
+            tenant=DEFAULT_TENANT,
             now=now - age_s,
             deadline=None if due_in_s is None else now + due_in_s,
+            quote=quote,
         )
         self.log.put(admitted.record.subject, admitted.record.body)
         return admitted.invocation

@@ -1,9 +1,10 @@
 """Where it runs: work is taken, run in a child process, and its outcome committed.
 
-Rooms: ``worker`` (take, run, commit), ``voice`` (what an attempt says), ``joins`` (branches that end together,
-counted in the log), ``staging`` (what ``ctx.stage`` and ``ctx.store`` ask for), ``pool`` (which child runs what),
-``child`` (one child process), ``line`` and ``output`` (what goes in and comes out of it), ``deaths`` (how it died),
-``zygote`` (its parent), ``scratch`` (folders).
+Rooms: ``worker`` (take, run, commit), ``voice`` (what an attempt says), ``joins`` (branches that end together, counted
+in the log), ``ladder`` (variants that answer in time), ``staging`` (what ``ctx.stage`` and ``ctx.store`` ask for),
+``guard`` (what may be fetched), ``lines`` and ``transfer`` (fetching it), ``cache`` (where it lies), ``pool`` (which
+child runs what), ``child`` (one child process), ``line`` and ``output`` (what goes in and comes out of it), ``deaths``
+(how it died), ``zygote`` (its parent), ``scratch`` (folders).
 
 What runs inside the child processes is in ``headrace``: ``zygote``, ``birth``, ``runner``.
 

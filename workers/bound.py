@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from types import TracebackType
 
-from functions import effects
+from functions.runaway import check_count, worth_counting
 from headrace.wire import Invocation
 from streams.log import Log
 from streams.topology import work_subject
@@ -36,11 +36,11 @@ class Bound:
             UserError: the run would become too large.
             Unavailable: the log does not answer.
         """
-        if not effects.worth_counting(invocation, starting, self._invocations_max):
+        if not worth_counting(invocation, starting, self._invocations_max):
             return False
         run = invocation.run_id
         count = await self._log.count(work_subject("*", "*", run, "*"))
-        effects.check_count(count + self._starting[run], starting, self._invocations_max)
+        check_count(count + self._starting[run], starting, self._invocations_max)
         self._starting[run] += starting
         return True
 

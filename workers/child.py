@@ -16,9 +16,10 @@ from pathlib import Path
 
 import msgspec
 
+from headrace.children import ChildLimits, Died
 from headrace.errors import ChildLost, FunctionError, HeadraceError, LoadError, OutOfMemory, TimeLimit, UserError
 from headrace.failures import size_text
-from headrace.wire import Ask, ChildLimits, Died, FromChild, Granted, Invoke, Raised, Returned, Said, encode
+from headrace.wire import Ask, FromChild, Granted, Invoke, Raised, Returned, Said, encode
 from workers.deaths import cause, forget_words, last_words
 from workers.line import Line
 from workers.output import OnLine, OnSaid, Output, Pipe
@@ -76,6 +77,7 @@ class Child:
         self.group: Path | None = None
         self.pid: int | None = None
         self.versions: set[tuple[str, str]] = set()
+        self.tenant: str | None = None  # whose code it has run; it runs no other's
         self.usable = True
         self.deserted = False
         self.served = 0

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import aclosing
 
+from functions.outlook import NOTHING_KNOWN, Outlook
 from functions.scopes import Fill, Scope, read, tally, upward
 from headrace.errors import Unavailable
 from streams.follow import follow
@@ -36,9 +37,10 @@ class _Open:
 class Joins:
     """Fills slots; shared by all invocations of one worker."""
 
-    def __init__(self, log: Log, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, log: Log, clock: Callable[[], float] = time.time, outlook: Outlook = NOTHING_KNOWN) -> None:
         self._log = log
         self._clock = clock
+        self._outlook = outlook
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -101,7 +103,7 @@ class Joins:
             known.scope = Scope(size=slot.size)
         for _ in range(100):
             scope = known.scope
-            made = tally(scope, fills, self._clock())
+            made = tally(scope, fills, self._clock(), self._outlook)
             if made is None:
                 return scope
             counted, records = made

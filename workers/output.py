@@ -7,8 +7,9 @@ import logging
 import os
 from collections.abc import Callable
 
+from headrace.children import ChildLimits
 from headrace.failures import size_text
-from headrace.wire import ChildLimits, Said
+from headrace.wire import Said
 
 READ_BYTES = 64 * 1024
 READS_MAX = 4  # a pipe holds 64 KiB; who writes faster than we read must not keep us from other work

@@ -1,7 +1,8 @@
 """Warm child processes, one invocation at a time in each.
 
 A child that died, was stopped or has had its time is replaced at once by a fresh one, which the zygote forks within
-milliseconds. The pool decides which child runs what; ``workers.child`` talks to it.
+milliseconds. The pool decides which child runs what; ``workers.child`` talks to it. A child runs the code of one tenant
+only: what one has loaded, and left in its modules, is out of reach of the code of another.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from headrace import groups
+from headrace.children import Born, ChildLimits, Died
 from headrace.errors import ChildLost, HeadraceError, LoadError
 from headrace.family import tasks_of_user
 from headrace.model import Code
-from headrace.wire import Born, ChildLimits, Died, Invoke, Returned
+from headrace.wire import Invoke, Returned
 from workers.child import Child, NotTaken, OnAsk
 from workers.deaths import cause
 from workers.output import OnLine, OnSaid
@@ -31,8 +35,21 @@ from workers.zygote import Zygote, child_environment
 BACKOFF_FIRST_S = 0.01
 BACKOFF_MAX_S = 5.0
 USER_TASKS_SPARE = 1024
+ASIDE_PER_SLOT = 1  # children kept warm for tenants whose turn it is not
 
 _log = logging.getLogger(__name__)
+
+
+class _Key(NamedTuple):
+    """What is to be run: whose it is, and its function and version."""
+
+    tenant: str
+    version: tuple[str, str]
+
+
+class _Waiter(NamedTuple):
+    key: _Key
+    child: asyncio.Future[Child]
 
 
 class Pool:
@@ -69,7 +86,8 @@ class Pool:
         self._zygote: Zygote | None = None
         self._children: dict[int, Child] = {}
         self._idle: list[Child] = []
-        self._waiters: deque[asyncio.Future[Child]] = deque()
+        self._aside: list[Child] = []  # warm ones of tenants whose turn it is not; they take no slot
+        self._waiters: deque[_Waiter] = deque()
         self._busy = 0
         self._made = 0
         self._stillborn = 0
@@ -141,8 +159,8 @@ class Pool:
             self._restarting.cancel()
             await asyncio.gather(self._restarting, return_exceptions=True)
         for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(ChildLost("the worker is stopping"))
+            if not waiter.child.done():
+                waiter.child.set_exception(ChildLost("the worker is stopping"))
         for child in list(self._children.values()):
             child.abandon("was stopped: the worker is stopping")
         if self._zygote is not None:
@@ -184,7 +202,7 @@ class Pool:
                 ``retry`` says whether to try again.
             Exception: what ``code`` raised; the child is unhurt then.
         """
-        key = (invoke.function, invoke.version)
+        key = _Key(invoke.tenant, (invoke.function, invoke.version))
         self._busy += 1
         child: Child | None = None
         try:
@@ -196,12 +214,13 @@ class Pool:
                     raise ChildLost("the worker is stopping")
             watch.begin()
             while True:
-                child = self._pick(key) or await self._wait()
-                if key in child.versions:
+                child = self._pick(key) or await self._wait(key)
+                child.tenant = key.tenant
+                if key.version in child.versions:
                     sent = invoke
                 else:
                     sent = msgspec.structs.replace(invoke, code=await code())
-                    child.versions.add(key)
+                    child.versions.add(key.version)
                 try:
                     return await child.run(sent, timeout_s=timeout_s, on_said=on_said, on_line=on_line, on_ask=on_ask)
                 except NotTaken:
@@ -209,7 +228,7 @@ class Pool:
                     child = None
         except LoadError:
             if child is not None:
-                child.versions.discard(key)  # it did not keep what it could not load
+                child.versions.discard(key.version)  # it did not keep what it could not load
             raise
         finally:
             self._busy -= 1
@@ -218,40 +237,73 @@ class Pool:
 
     # ------------------------------------------------------------ which child
 
-    def _pick(self, key: tuple[str, str]) -> Child | None:
-        """Take the idle child that holds the version, or else the one that holds the fewest others."""
-        idle = self._idle
-        if not idle:
-            return None
-        best = len(idle) - 1
-        for index in range(best, -1, -1):
-            versions = idle[index].versions
-            if key in versions:
-                return idle.pop(index)
-            if len(versions) < len(idle[best].versions):
-                best = index
-        return idle.pop(best)
+    def _pick(self, key: _Key) -> Child | None:
+        """Take an idle child that runs this; where all have run code of other tenants, one of them makes room."""
+        found = _best(self._idle, key)
+        if found is not None or not self._idle:
+            return found
+        found = _best(self._aside, key)
+        self._set_aside(self._idle.pop(0))
+        if found is None:
+            self._refill()
+            found = _best(self._idle, key)
+        return found
 
-    async def _wait(self) -> Child:
-        waiter: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+    async def _wait(self, key: _Key) -> Child:
+        waiter = _Waiter(key, asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         try:
-            return await waiter
+            return await waiter.child
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._release(waiter.result())
+            if waiter.child.done() and not waiter.child.cancelled() and waiter.child.exception() is None:
+                self._release(waiter.child.result())
             raise
+
+    def _set_aside(self, child: Child) -> None:
+        """Let a child keep what it has loaded for when its tenant comes back; of too many, the oldest are ended."""
+        self._aside.append(child)
+        while len(self._aside) > ASIDE_PER_SLOT * self._slots:
+            self._aside.pop(0).stop()
 
     def _release(self, child: Child) -> None:
         if not child.usable:
             self._refill()
             return
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(child)
-                return
-        self._idle.append(child)
+        while self._waiters and self._waiters[0].child.done():
+            self._waiters.popleft()
+        if not self._waiters:
+            self._idle.append(child)
+        elif _fits(child, self._waiters[0].key):
+            self._waiters.popleft().child.set_result(child)
+            return
+        else:
+            found = _best(self._aside, self._waiters[0].key)
+            self._set_aside(child)
+            if found is None:
+                self._refill()
+            else:
+                self._waiters.popleft().child.set_result(found)
+            return
+        if len(self._children) > self._slots:
+            self._thin()
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Have a child more than there are slots within this: what overruns shall not keep another from running."""
+        self._slots += 1
+        self._refill()
+        try:
+            yield
+        finally:
+            self._slots -= 1
+            self._thin()
+
+    def _thin(self) -> None:
+        """End children that wait beyond the slots, those first that hold the least code."""
+        while self._idle and self._counted() > self._slots:
+            spare = min(self._idle, key=lambda child: len(child.versions))
+            self._idle.remove(spare)
+            spare.stop()
 
     # ------------------------------------------------------------ making and losing children
 
@@ -259,7 +311,7 @@ class Pool:
         """Make children until every slot has a usable one."""
         if self._closing or self._zygote is None or self._restarting is not None or self._refilling is not None:
             return
-        for _ in range(self._slots - sum(child.usable for child in self._children.values())):
+        for _ in range(self._slots - self._counted()):
             try:
                 child = self._make(self._zygote)
             except OSError as error:  # the disk is full, or there are no descriptors left
@@ -268,6 +320,10 @@ class Pool:
                 self._refill_later()
                 return
             self._release(child)
+
+    def _counted(self) -> int:
+        """Return how many children there are for the slots, without those aside."""
+        return sum(child.usable for child in self._children.values()) - sum(child.usable for child in self._aside)
 
     def _make(self, zygote: Zygote) -> Child:
         assert self._scratch is not None  # noqa: S101 - there is no zygote without it
@@ -311,8 +367,9 @@ class Pool:
         if child is None:
             return
         child.died(report)
-        if child in self._idle:
-            self._idle.remove(child)
+        for kept in (self._idle, self._aside):
+            if child in kept:
+                kept.remove(child)
         self._remove(child)
         if child.deserted and not child.served:
             self._stillborn += 1
@@ -375,6 +432,25 @@ class Pool:
                 delay_s = min(2 * delay_s, BACKOFF_MAX_S)
         self._restarting = None
         self._refill()
+
+
+def _fits(child: Child, key: _Key) -> bool:
+    """Say whether a child may run this: it has run nothing yet, or code of the same tenant only."""
+    return child.tenant is None or child.tenant == key.tenant
+
+
+def _best(children: list[Child], key: _Key) -> Child | None:
+    """Take out the child that holds the version, or else, of those that may run it, the one that holds the fewest."""
+    best: int | None = None
+    for index in range(len(children) - 1, -1, -1):
+        child = children[index]
+        if not _fits(child, key):
+            continue
+        if key.version in child.versions:
+            return children.pop(index)
+        if best is None or len(child.versions) < len(children[best].versions):
+            best = index
+    return None if best is None else children.pop(best)
 
 
 def _remove_all(folder: Path, group: Path | None) -> None:

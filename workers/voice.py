@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from headrace.errors import HeadraceError
-from headrace.wire import Note, Said, Started, encode
+from headrace.wire import Moved, Note, Said, Started, encode
 from streams.intake import Delivery
 from streams.log import Log, Record
 from streams.topology import fence_subject, note_subject, start_subject
@@ -37,6 +37,7 @@ class Voice:
         self._lines: list[tuple[str, str]] = []
         self._fraction: float | None = None
         self._text = ""
+        self._moved: Moved | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
@@ -48,8 +49,10 @@ class Voice:
         self._start = self._loop.call_later(STARTED_AFTER_S, self._tell_start)
 
     def said(self, said: Said) -> None:
-        """Take a line of ``ctx.log`` or a progress report."""
-        if said.fraction is None:
+        """Take a line of ``ctx.log``, a progress report, or how far staging is."""
+        if said.moved is not None:
+            self._moved = said.moved
+        elif said.fraction is None:
             self._lines.append((said.level, said.text))
         else:
             self._fraction, self._text = said.fraction, said.text
@@ -85,7 +88,7 @@ class Voice:
             self._append(note)
 
     def _note(self) -> Record | None:
-        if not self._lines and self._fraction is None:
+        if not self._lines and self._fraction is None and self._moved is None:
             return None
         run, identity = self._invocation.run_id, self._invocation.invocation_id
         note = Note(
@@ -95,8 +98,9 @@ class Voice:
             lines=self._lines,
             fraction=self._fraction,
             text=self._text,
+            moved=self._moved,
         )
-        self._lines, self._fraction, self._text = [], None, ""
+        self._lines, self._fraction, self._text, self._moved = [], None, "", None
         return Record(note_subject(run, identity, self._attempt), encode(note))
 
     def _tell_start(self) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from msgspec import Struct
 
 from headrace import groups
+from headrace.children import ChildLimits
 from headrace.errors import FunctionError, OutOfMemory, OverLimit
 from headrace.failures import size_text
 from headrace.family import Family, measure, shared_fairly_bytes
-from headrace.wire import ChildLimits
 
 LOOK_S = 0.25
 LOOK_SHARE_MAX = 0.1

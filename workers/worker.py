@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec import Struct, structs
 
 from functions import effects
+from functions.busy import Busy
 from functions.effects import Attempted, World
+from functions.outlook import Outlook
+from functions.policies import policy
+from functions.retraction import retract
 from functions.retries import LOST_ATTEMPTS_MAX, NO_PAST, Past, look_back, retry_at, wait_s
-from functions.scopes import Fill
+from functions.runaway import INVOCATIONS_MAX
 from headrace.clock import parse_duration
 from headrace.errors import (
     ChildLost,
@@ -37,65 +41,59 @@ from headrace.errors import (
 from headrace.model import Code, ErrorInfo, InvocationState
 from headrace.wire import (
     RETRACTER,
-    SPREAD,
     SPREADER,
     Ask,
-    Effect,
     FunctionRecord,
     Granted,
     Invocation,
     Invoke,
     Lease,
-    Map,
     Outcome,
-    Payload,
     Returned,
     Spread,
     decode,
     encode,
 )
 from streams.blobs import Blobs, check_in
-from streams.follow import follow
 from streams.intake import Delivery, Intake
 from streams.log import AlreadyThere, Log, Record
+from streams.newest import outdated
 from streams.poll import Arrival
 from streams.tables import Tables
 from streams.threads import NOTHING_TO_SETTLE, Settled, settle
 from streams.topology import (
     attempt_subject,
-    cancel_subject,
     fence_subject,
-    kind_of,
     lease_subject,
-    run_of,
     start_subject,
 )
 from workers.bound import Bound
+from workers.cancels import Cancels
+from workers.commits import APPEND_TIMEOUT_S, Commits, Fenced, checked_in, listed
+from workers.durations import Durations
+from workers.hand import WorkerHand
 from workers.inputs import Inputs
 from workers.joins import Joins
+from workers.ladder import Ladder
+from workers.late import Late, stopped_after, useful_s
 from workers.pool import Pool
-from workers.staging import grant
+from workers.staging import Errands, Stager
 from workers.voice import Voice
 
 _log = logging.getLogger(__name__)
 
-UNCOMMITTED_MAX = 1000
-CLASHES_MAX = 5
-APPEND_TIMEOUT_S = 60.0
+# Begun and not yet in the log: at 2,000 a second enough for a log that takes a quarter of a second. What is more hides
+# from the gateway how much waits.
+UNCOMMITTED_MAX = 512
 TROUBLE_DELAY_S = 1.0
-CANCELS_KEPT_MAX = 100_000
-
-
-class Fenced(Exception):
-    """Another worker has taken over what this one was doing; nothing of ours may be committed or acknowledged."""
 
 
 class Tools(Struct, frozen=True, kw_only=True):
     """What a worker works with, made and owned by whoever starts it.
 
-    ``work_age_max_s`` is how long work may wait, in seconds, before it is given up on; ``chain_depth_max`` bounds how
-    many invocations follow one another, ``run_invocations_max`` how many there are in a run; ``clock`` tells epoch
-    seconds, and ``rng`` the jitter of delays.
+    ``order`` names one of ``functions.policies``. ``work_age_max_s`` is how long work may wait, in seconds, before it
+    is given up on; ``chain_depth_max`` bounds how many invocations follow one another, ``run_invocations_max`` how many
+    there are in a run; ``clock`` tells epoch seconds, and ``rng`` the jitter of delays.
     """
 
     name: str
@@ -104,9 +102,11 @@ class Tools(Struct, frozen=True, kw_only=True):
     blobs: Blobs
     pool: Pool
     slots: int
+    stager: Stager | None = None
+    order: str = "headrace"
     work_age_max_s: float = 86400.0
     chain_depth_max: int = effects.DEPTH_MAX
-    run_invocations_max: int = effects.INVOCATIONS_MAX
+    run_invocations_max: int = INVOCATIONS_MAX
     clock: Callable[[], float] = time.time
     rng: random.Random = msgspec.field(default_factory=random.Random)
 
@@ -118,20 +118,31 @@ class Worker:
         self._tools = tools
         self._log = tools.log
         self._clock = tools.clock
-        self._intake = Intake(tools.log, slots=tools.slots, on_unreadable=self._bury_later)
-        self._joins = Joins(tools.log, tools.clock)
+        self._outlook = Outlook(tools.tables.forecasts.get)
+        self._durations = Durations(self._outlook, tools.clock)
+        self._busy = Busy(tools.clock)
+        self._hand = WorkerHand(policy(tools.order, tools.slots), self._durations, self._busy, tools.clock)
+        self._intake = Intake(
+            tools.log,
+            self._hand,
+            tools.tables.tenants,
+            slots=tools.slots,
+            on_over=self._end_later,
+            on_unreadable=self._bury_later,
+        )
+        self._commits = Commits(tools.log, Joins(tools.log, tools.clock, self._outlook), tools.clock)
+        self._ladder = Ladder(tools.log, tools.tables, self._outlook, tools.clock)
         self._free = asyncio.Semaphore(tools.slots)
         self._uncommitted = asyncio.Semaphore(UNCOMMITTED_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._running: dict[str, set[asyncio.Task[Any] | None]] = {}
-        self._canceled: OrderedDict[str, None] = OrderedDict()
+        self._cancels = Cancels(tools.log)
         self._inputs = Inputs(tools.log, tools.blobs)
+        self._stager = tools.stager or Stager(tools.blobs)
         self._bound = Bound(tools.log, tools.run_invocations_max)
-        self._cancels_read = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, drain_s: float = 10.0) -> None:
         """Work until ``stop`` is set; then finish what runs (``drain_s`` seconds at most), hand back the rest."""
-        cancels = asyncio.create_task(self._follow_cancels(), name="worker-cancels")
+        cancels = asyncio.create_task(self._cancels.follow(), name="worker-cancels")
         taking = asyncio.create_task(self._take_for_ever(), name="worker-take")
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -151,7 +162,7 @@ class Worker:
             await self._intake.close()
 
     async def _take_for_ever(self) -> None:
-        await self._cancels_read.wait()
+        await self._cancels.read.wait()
         await self._intake.start()
         while True:
             await self._free.acquire()
@@ -161,14 +172,34 @@ class Worker:
             except asyncio.CancelledError:
                 self._free.release()
                 raise
-            task = asyncio.create_task(self._handle(delivery))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._busy.begin(delivery.reply, self._durations.of(delivery.invocation).run)
+            self._go_on(self._handle(delivery))
+
+    def _go_on(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _end_later(self, delivery: Delivery) -> None:
+        self._go_on(self._finish(delivery, lambda: None))
+
+    def _free_slot(self, delivery: Delivery) -> None:
+        self._busy.end(delivery.reply)
+        self._free.release()
+        self._intake.slot_freed()
 
     async def _handle(self, delivery: Delivery) -> None:
-        slot = _Once(self._free.release)
+        slot = _Once(partial(self._free_slot, delivery))
         try:
-            if await self.step(delivery, slot.release):
+            await self._finish(delivery, slot.release)
+        finally:
+            slot.release()
+            self._uncommitted.release()
+
+    async def _finish(self, delivery: Delivery, slot_free: Callable[[], None]) -> None:
+        try:
+            if await self.step(delivery, slot_free):
+                await self._ladder.settle(delivery.invocation)
                 await delivery.ack()
         except Fenced:
             _log.warning("invocation %s was taken over by another worker", delivery.invocation.invocation_id)
@@ -182,9 +213,6 @@ class Worker:
         except Exception:
             _log.exception("invocation %s goes back", delivery.invocation.invocation_id)
             await delivery.give_back(TROUBLE_DELAY_S)
-        finally:
-            slot.release()
-            self._uncommitted.release()
 
     async def step(self, delivery: Delivery, slot_free: Callable[[], None]) -> bool:
         """Handle one delivery and return whether it may be acknowledged; if not, it was handed back already.
@@ -194,11 +222,12 @@ class Worker:
         """
         invocation = delivery.invocation
         settled, error = await self._settle(invocation)
-        if settled.overruled or invocation.run_id in self._canceled:
+        if settled.overruled or invocation.run_id in self._cancels:
             return True
+        invocation = delivery.invocation = await self._ladder.place(invocation)
         past = NO_PAST if delivery.fresh and not delivery.doubtful else await self._past(invocation)
         if past.done is not None:
-            await self._fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
+            await self._commits.fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
             return True
         now, again = self._clock(), not delivery.fresh
         left_s = max(
@@ -208,12 +237,20 @@ class Worker:
         if left_s > 0.005:
             await delivery.give_back(left_s)
             return False
+        # What has begun goes on, also when a newer event has come in its place.
+        if invocation.newest and past.attempt == 1 and await outdated(self._log, invocation, delivery.seq, now):
+            return True
         hopeless = self._hopeless(invocation, past) if error is None else ("dead", error)
+        if hopeless is None and (needless := await self._ladder.needless(invocation)) is not None:
+            hopeless = ("canceled", needless)
         if hopeless is not None:
             state, error = hopeless
             outcome, unit = effects.fail(invocation, self._tried(delivery, past, now, now), error, state)
-            await self._commit(outcome, unit)
+            await self._commits.commit(outcome, unit)
             return True
+        if delivery.over:  # our order thought so, the log does not: it has to wait for a slot again
+            await delivery.give_back(TROUBLE_DELAY_S)
+            return False
         if invocation.function == SPREADER:
             slot_free()
             await self._spread(delivery, past)
@@ -221,9 +258,10 @@ class Worker:
         if invocation.function == RETRACTER:
             slot_free()
             tried = self._tried(delivery, past, now, self._clock())
-            await self._commit(*effects.retract(invocation, tried, settled.over, self._world()))
+            await self._commits.commit(*retract(invocation, tried, settled.over, self._world(invocation)))
             return True
-        return await self._attempt(delivery, past, slot_free)
+        delivery.invocation, why = await self._ladder.choose(invocation, again=not delivery.fresh)
+        return await self._attempt(delivery, past, slot_free, why)
 
     async def _settle(self, invocation: Invocation) -> tuple[Settled, ErrorInfo | None]:
         """Say what the event of a run overrules, as its gateway did unless it died. It does so also if it is canceled:
@@ -288,29 +326,39 @@ class Worker:
 
     # ------------------------------------------------------------ one attempt
 
-    async def _attempt(self, delivery: Delivery, past: Past, slot_free: Callable[[], None]) -> bool:
+    async def _attempt(self, delivery: Delivery, past: Past, slot_free: Callable[[], None], why: str) -> bool:
         invocation = delivery.invocation
         started_at = self._clock()
         record: FunctionRecord | None = None
         voice: Voice | None = None
+        errands = Errands(self._stager)
         error: FunctionError
         try:
-            record = await self._tools.tables.version(invocation.function, invocation.version)
+            record = await self._tools.tables.version(invocation.tenant, invocation.function, invocation.version)
             if record is None:
                 raise LoadError(
                     f"version {invocation.version} of {invocation.function} is not registered", hint="Deploy it again."
                 )
             kind, body = await self._inputs.body(invocation)
+            errands.stage_in_s += max(0.0, self._clock() - started_at)
             if not delivery.fresh or past != NO_PAST:
                 past = await self._claim(delivery, past)
             voice = Voice(self._log, delivery, self._tools.name, past.attempt, past.fence, self._clock)
-            returned = await self._run(delivery, past, record, kind, body, voice)
+            if why:
+                voice.line("ladder", why)
+            with contextlib.ExitStack() as lent:
+                now = partial(self._tried, delivery, past, started_at, errands=errands)
+                watch = self._ladder.watch(invocation, now, partial(self._lend, lent, slot_free))
+                try:
+                    returned = await self._run(delivery, past, record, kind, body, voice, errands)
+                finally:
+                    await watch.stop()
         except FunctionError as failure:
             error = failure
         except NotFound as gone:  # its payload or its code was cleaned away: no further attempt can bring it back
             error = LoadError(str(gone), hint=gone.hint)
         except asyncio.CancelledError:
-            if invocation.run_id not in self._canceled:
+            if invocation.run_id not in self._cancels:
                 raise
             task = asyncio.current_task()
             if task is not None:
@@ -318,9 +366,12 @@ class Worker:
             return True
         else:
             slot_free()
-            tried = self._tried(delivery, past, started_at, self._clock())
-            self._intake.learn(delivery.lane, tried.ended_at - started_at)
+            tried = self._tried(delivery, past, started_at, self._clock(), errands)
+            delivery.lane.learn(tried.ended_at - started_at)
+            self._durations.learn(invocation, tried.ended_at - started_at, tried.ended_at)
             try:
+                if returned.answer is None and effects.started_by(returned.effects):
+                    await self._ladder.keep(invocation, tried)  # what follows may be late
                 await self._succeed(delivery, tried, returned, await voice.close())
             except (UserError, TooLarge) as refused:
                 error = refused if isinstance(refused, UserError) else UserError(str(refused), hint=refused.hint)
@@ -328,16 +379,33 @@ class Worker:
             else:
                 return True
         finally:
+            errands.close()
             if voice is not None:
                 voice.hush()
         slot_free()
-        tried = self._tried(delivery, past, started_at, self._clock())
-        self._intake.learn(delivery.lane, tried.ended_at - started_at)
+        tried = self._tried(delivery, past, started_at, self._clock(), errands)
+        delivery.lane.learn(tried.ended_at - started_at)
         notes = [] if voice is None else await voice.close()
-        return await self._failed(delivery, tried, past.failures + 1, error, record, notes)
+        ended = await self._failed(delivery, tried, past.failures + 1, error, record, notes)
+        if not ended:
+            await self._ladder.keep(invocation, tried)
+        return ended
+
+    def _lend(self, lent: contextlib.ExitStack, slot_free: Callable[[], None]) -> None:
+        """Let what is most urgent run beside what overruns, where no slot is free."""
+        if self._free.locked():
+            lent.enter_context(self._tools.pool.one_more())
+            slot_free()
 
     async def _run(
-        self, delivery: Delivery, past: Past, record: FunctionRecord, kind: str, body: bytes, voice: Voice
+        self,
+        delivery: Delivery,
+        past: Past,
+        record: FunctionRecord,
+        kind: str,
+        body: bytes,
+        voice: Voice,
+        errands: Errands,
     ) -> Returned:
         invocation = delivery.invocation
         invoke = Invoke(
@@ -350,19 +418,18 @@ class Worker:
             body=body,
             deadline=invocation.deadline,
             event=invocation.event,
+            due=invocation.due,
+            tenant=invocation.tenant,
         )
 
         async def code() -> Code:
             return await self._inputs.code(record.code_blob)
 
         async def ask(what: Ask) -> Granted:
-            return await grant(what, self._tools.blobs)
+            return await errands.grant(what, voice.said)
 
-        task = asyncio.current_task()
-        mine = self._running.setdefault(invocation.run_id, set())
-        mine.add(task)
-        try:
-            return await self._tools.pool.run(
+        with self._cancels.stopping(invocation.run_id):
+            running = self._tools.pool.run(
                 invoke,
                 code,
                 timeout_s=parse_duration(record.options.timeout),
@@ -370,12 +437,12 @@ class Worker:
                 on_line=voice.line,
                 on_ask=ask,
             )
-        finally:
-            mine.discard(task)
-            if not mine:
-                self._running.pop(invocation.run_id, None)
+            left_s = useful_s(invocation, self._clock())
+            return await (running if left_s is None else stopped_after(left_s, running))
 
-    def _tried(self, delivery: Delivery, past: Past, started_at: float, ended_at: float) -> Attempted:
+    def _tried(
+        self, delivery: Delivery, past: Past, started_at: float, ended_at: float, errands: Errands | None = None
+    ) -> Attempted:
         return Attempted(
             attempt=past.attempt,
             worker=self._tools.name,
@@ -383,6 +450,9 @@ class Worker:
             started_at=started_at,
             ended_at=ended_at,
             fence=past.fence,
+            stage_in_s=errands.stage_in_s if errands else 0.0,
+            stage_out_s=errands.stage_out_s if errands else 0.0,
+            failed_s=past.failed_s,
         )
 
     # ------------------------------------------------------------ commit
@@ -397,7 +467,7 @@ class Worker:
     ) -> None:
         blobs = self._tools.blobs
         kept = {
-            position: await check_in(_listed(payloads), blobs)
+            position: await check_in(listed(payloads), blobs)
             for position, payloads in effects.large_maps(returned.effects).items()
         }
         outcome, unit = effects.succeed(
@@ -405,54 +475,21 @@ class Worker:
             tried,
             result=await check_in(returned.result, blobs),
             answer=None if returned.answer is None else await check_in(returned.answer, blobs),
-            effects=[await _checked_in(e, blobs) for e in returned.effects] if returned.effects else [],
+            effects=[await checked_in(e, blobs) for e in returned.effects] if returned.effects else [],
             kept=kept,
-            world=self._world(),
+            world=self._world(delivery.invocation),
         )
-        await self._commit(outcome, [*notes, *unit])
+        await self._commits.commit(outcome, [*notes, *unit])
 
-    def _world(self) -> World:
+    def _world(self, invocation: Invocation) -> World:
         tables = self._tools.tables
         return World(
-            function=tables.function,
+            function=functools.partial(tables.function, invocation.tenant),
             routes=tables.routes.items().values(),
             now=self._clock(),
             depth_max=self._tools.chain_depth_max,
+            outlook=self._outlook,
         )
-
-    async def _commit(self, outcome: Outcome, unit: list[Record]) -> None:
-        for _ in range(CLASHES_MAX):
-            try:
-                seqs = await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
-            except AlreadyThere:
-                if await self._settled_otherwise(outcome.run_id, outcome.invocation_id, unit[-1].expected):
-                    return
-            else:
-                await self._fill(outcome, seqs[-1], self._clock())
-                return
-        raise Unavailable("the log refuses an outcome and shows no reason", hint="The invocation is run again.")
-
-    async def _settled_otherwise(self, run: str, identity: str, fence: int) -> bool:
-        """Say whether a refused unit need not be appended any more; if not, two writers met and it may be tried again.
-
-        Raises:
-            Fenced: another worker has taken the invocation over.
-        """
-        newest = await self._log.last(fence_subject(run, identity))
-        if newest is not None and kind_of(newest.subject) == "done":
-            # Another attempt was first: its outcome and its effects stand. Its slot may still have to be counted.
-            await self._fill(decode(newest.body, Outcome), newest.seq, newest.at)
-            return True
-        if newest is not None and newest.seq > fence:
-            raise Fenced
-        return await self._log.last(cancel_subject(run, "*")) is not None
-
-    async def _fill(self, outcome: Outcome, seq: int, at: float) -> None:
-        if outcome.slot is not None:
-            failed = outcome.state != "succeeded"
-            await self._joins.fill(
-                Fill(slot=outcome.slot, outcome=outcome, seq=seq, at=at, failed=failed, error=outcome.error)
-            )
 
     async def _failed(
         self,
@@ -476,14 +513,14 @@ class Worker:
         if isinstance(error, ChildLost):
             _log.warning("invocation %s of %s: %s", invocation.invocation_id, invocation.function, error)
         if again is None:
-            outcome, unit = effects.fail(invocation, tried, info)
-            await self._commit(outcome, [*notes, *unit])
+            outcome, unit = effects.fail(invocation, tried, info, "canceled" if isinstance(error, Late) else "dead")
+            await self._commits.commit(outcome, [*notes, *unit])
             return True
         failed = effects.failed_attempt(invocation, tried, info, again)
         try:
             await self._log.append([*notes, failed], timeout_s=APPEND_TIMEOUT_S)
         except AlreadyThere:
-            if await self._settled_otherwise(invocation.run_id, invocation.invocation_id, tried.fence):
+            if await self._commits.settled_otherwise(invocation.run_id, invocation.invocation_id, tried.fence):
                 return True
             raise Unavailable("the log refuses a failed attempt and shows no reason", hint="It is run again.") from None
         await delivery.give_back(again - tried.ended_at)
@@ -497,50 +534,27 @@ class Worker:
             async with self._bound.hold(delivery.invocation, work.last - work.first):
                 payloads = await self._inputs.members(work)
                 tried = self._tried(delivery, past, started_at, self._clock())
-                unit = effects.spread(delivery.invocation, tried, work, payloads, self._clock())
+                unit = effects.spread(delivery.invocation, tried, work, payloads, self._world(delivery.invocation))
                 with contextlib.suppress(AlreadyThere):
                     await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
         except UserError as error:
             tried = self._tried(delivery, past, started_at, self._clock())
             info = ErrorInfo(kind=error.kind, message=_told(error))
-            await self._commit(*effects.fail(delivery.invocation, tried, info))
+            await self._commits.commit(*effects.fail(delivery.invocation, tried, info))
 
     # ------------------------------------------------------------ what nobody can read
 
     def _bury_later(self, arrived: Arrival) -> None:
-        task = asyncio.create_task(self._bury(arrived))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._go_on(self._bury(arrived))
 
     async def _bury(self, arrived: Arrival) -> None:
         """End an invocation whose message no worker could read, so that its run ends too."""
         try:
             outcome, unit = effects.unreadable(arrived.subject, self._tools.name, arrived.at, self._clock())
-            await self._commit(outcome, unit)
+            await self._commits.commit(outcome, unit)
             await self._intake.acknowledge(arrived)
         except (HeadraceError, Fenced) as error:
             _log.warning("message %d is not buried yet: %s", arrived.seq, error)
-
-    # ------------------------------------------------------------ cancel
-
-    async def _follow_cancels(self) -> None:
-        """Hear of runs to be canceled: stop what runs of them, and drop what comes later."""
-        newest = await self._log.last(cancel_subject("*", "*"))
-        known_up_to = 0 if newest is None else newest.seq
-        if not known_up_to:
-            self._cancels_read.set()
-        async with aclosing(follow(self._log, [cancel_subject("*", "*")], after=0)) as batches:
-            async for batch in batches:
-                for stored in batch:
-                    run = run_of(stored.subject)
-                    self._canceled[run] = None
-                    for task in list(self._running.get(run, ())):
-                        if task is not None:
-                            task.cancel()
-                while len(self._canceled) > CANCELS_KEPT_MAX:
-                    self._canceled.popitem(last=False)
-                if not batch or batch[-1].seq >= known_up_to:
-                    self._cancels_read.set()
 
 
 class _Once:
@@ -553,22 +567,6 @@ class _Once:
         act, self._act = self._act, None
         if act is not None:
             act()
-
-
-def _listed(payloads: list[Payload]) -> Payload:
-    body = encode(payloads)
-    return Payload(type=SPREAD, body=body, size=len(body))
-
-
-async def _checked_in(effect: Effect, blobs: Blobs) -> Effect:
-    """Return the effect with payloads as the log may hold them."""
-    if isinstance(effect, Map):
-        large = [i for i, p in enumerate(effect.payloads) if len(p.body) > 65536]
-        if not large:
-            return effect
-        payloads = [await check_in(p, blobs) for p in effect.payloads]
-        return msgspec.structs.replace(effect, payloads=payloads)
-    return msgspec.structs.replace(effect, payload=await check_in(effect.payload, blobs))
 
 
 def _told(error: FunctionError) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
+from headrace.children import Born, ChildLimits, Died, Fork, FromZygote, Kill, Ready, ToZygote
 from headrace.errors import HeadraceError
-from headrace.wire import Born, ChildLimits, Died, Fork, FromZygote, Kill, Ready, ToZygote, encode
+from headrace.wire import encode
 
 MESSAGE_BYTES_MAX = 64 * 1024
 READY_S = 60.0  # NumPy on a cold network file system takes its time

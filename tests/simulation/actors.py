@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functions.admission import Admitted, admit
+from functions.lessons import Lessons
 from functions.qos import deadline_of
 from gateway.acceptance import Acceptance
-from gateway.waiting import ends
+from gateway.waiting import answers
 from headrace.errors import FunctionError, NotFound, Overloaded, Unavailable
 from headrace.model import Code
-from headrace.wire import Cancel, EventMeta, FunctionRecord, Invoke, Returned, RouteRecord, Said, encode
+from headrace.wire import Cancel, EventMeta, ForecastRow, FunctionRecord, Invoke, Returned, RouteRecord, Said, encode
 from streams.ledger import Writer
 from streams.link import Link
 from streams.log import AlreadyThere, Log, Record
+from streams.tables import row_key
 from streams.topology import cancel_subject, done_subject, end_subject
-from tests.simulation import programs
+from tests.simulation import ladders, programs
 from tests.simulation.client import SimClient
 from tests.simulation.loop import WORLD, Process
 from tests.simulation.server import EPOCH
@@ -140,7 +142,7 @@ class Blobs:
     async def put_file(self, path: Path) -> str:
         raise NotImplementedError
 
-    async def path(self, digest: str) -> Path:
+    async def where(self, name: str) -> Path:
         raise NotImplementedError
 
     async def _reach(self) -> None:
@@ -151,7 +153,8 @@ class Blobs:
 
 class _Routes:
     def __init__(self) -> None:
-        self._rows = programs.routes()
+        route = RouteRecord(name="ladder", tenant=programs.TENANT, route=ladders.ROUTE)
+        self._rows = programs.routes() | {"ladder": route}
 
     def items(self) -> dict[str, RouteRecord]:
         return self._rows
@@ -173,19 +176,39 @@ class _Empty:
         return lambda: None
 
 
+class _Tenants(_Empty):
+    def items(self) -> dict[str, object]:
+        return {programs.GUEST: None}
+
+
+class _Forecasts(_Empty):
+    """What is expected of the functions: what follows them takes a while."""
+
+    def __init__(self) -> None:
+        self._rows = programs.forecasts() | ladders.forecasts()
+
+    def get(self, name: str) -> ForecastRow | None:  # type: ignore[override] # the empty one has none
+        return self._rows.get(name)
+
+
 class Tables:
     """What is registered: always the same here."""
 
     def __init__(self) -> None:
-        self._functions = programs.functions()
+        self._functions = programs.functions() | ladders.functions()
         self.routes = _Routes()
-        self.tenants = _Empty()
-        self.forecasts = _Empty()
+        self.tenants = _Tenants()
+        self.forecasts = _Forecasts()
 
-    def function(self, name: str) -> FunctionRecord | None:
+    @property
+    def names(self) -> list[str]:
+        """The names of all functions."""
+        return list(self._functions)
+
+    def function(self, tenant: str, name: str) -> FunctionRecord | None:
         return self._functions.get(name)
 
-    async def version(self, name: str, version: str) -> FunctionRecord | None:
+    async def version(self, tenant: str, name: str, version: str) -> FunctionRecord | None:
         return self._functions.get(name)
 
 
@@ -221,6 +244,11 @@ class Pool:
         if isinstance(ended, FunctionError):
             raise ended
         return ended
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Have room for one more, which there always is here."""
+        yield
 
 
 class WorkerActor(Actor):
@@ -262,7 +290,7 @@ class LedgerActor(Actor):
 
     async def main(self, log: Log) -> None:
         """Write for ever."""
-        await Writer(log, self.world.redis).run()  # type: ignore[arg-type]
+        await Writer(log, self.world.redis, Lessons()).run()  # type: ignore[arg-type]
 
 
 class GatewayActor(Actor):
@@ -309,9 +337,9 @@ class GatewayActor(Actor):
             await self._log.append([Record(subject, encode(wish), subject)])
 
     def _admit(self, trigger: Trigger) -> Admitted:
-        route = self.world.tables.routes.items()[trigger.route]
-        event = EventMeta(id=trigger.event, source="sim", type="sim.trigger")
-        function = self.world.tables.function(route.route.function)
+        route = self.world.tables.routes.items()[row_key(trigger.tenant, trigger.route)]
+        event = EventMeta(id=trigger.event, source="sim", type="sim.trigger", subject=trigger.subject)
+        function = self.world.tables.function(trigger.tenant, route.route.function)
         assert function is not None
         now = self.clock()
         return admit(
@@ -320,7 +348,7 @@ class GatewayActor(Actor):
             digest=trigger.event,
             route=route,
             function=function,
-            tenant=programs.TENANT,
+            tenant=trigger.tenant,
             now=now,
             deadline=deadline_of(route.route, None, now),
         )
@@ -333,7 +361,7 @@ class GatewayActor(Actor):
         async with AsyncExitStack() as stack:
             heard = None
             if waits:
-                live = log.live(done_subject(run, "*"), end_subject(run), cancel_subject(run, "*"), wanted=ends)
+                live = log.live(done_subject(run, "*"), end_subject(run), cancel_subject(run, "*"), wanted=answers)
                 heard = await stack.enter_async_context(live)
             try:
                 accepted = await acceptance.append([self._admit(t) for t in triggers])

@@ -5,17 +5,39 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
+
+from functions.lessons import Lessons
 from headrace.errors import Unavailable
 from headrace.names import invocation_id
-from headrace.wire import Attempt, Gather, Invocation, Lease, Outcome, RunEnd, Tally, decode, encode
-from streams.ledger import DEAD, DEAD_LEFT, DEAD_RUNS, LAYOUT, OPEN, POSITION, RUNS, TOTALS, WHOLE
+from headrace.wire import Attempt, Gather, Invocation, Lease, Newest, Outcome, RunEnd, Tally, decode, encode
+from streams.ledger import (
+    DEAD_RUNS,
+    FORECASTS,
+    LAYOUT,
+    OPEN,
+    POSITION,
+    RUNS,
+    TOTALS,
+    WHOLE,
+    dead_key,
+    dead_left_key,
+    open_key,
+    route_key,
+    runs_key,
+    state_key,
+)
 from streams.record import InvocationRecord, RunRecord, fold_run
 from streams.stored import Stored
-from tests.simulation import programs
+from tests.simulation import ladders, programs
 from tests.simulation.messages import Kept
+from tests.stories import teach
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
+
+
+LEDGER_SHARE = 0.01
 
 
 class Facts:
@@ -31,8 +53,12 @@ class Facts:
         self.tallies: dict[str, list[tuple[int, Tally]]] = {}
         self.ends: dict[str, list[tuple[int, RunEnd]]] = {}
         self.cancels: dict[str, int] = {}
+        self.newest: dict[str, list[tuple[int, str]]] = {}
         for seq, subject, body, at, _, tokens in log:
             kind = tokens[1]
+            if kind == "newest":
+                self.newest.setdefault(tokens[2], []).append((seq, decode(body, Newest).run_id))
+                continue
             run = tokens[4] if kind == "work" else tokens[2]
             self.by_run.setdefault(run, []).append(Stored(seq, subject, body, at))
             match kind:
@@ -69,7 +95,10 @@ def check(world: World) -> list[str]:
         *_doubled(facts),
         *_fencing(world, facts),
         *_joins(facts),
+        *_newest(facts),
         *_runs(world, facts),
+        *_time_ledgers(world, facts),
+        *_dues(facts),
         *_ghosts(world, facts),
         *_heard(world, facts),
         *_read_model(world, facts),
@@ -150,6 +179,28 @@ def _joins(facts: Facts) -> list[str]:
     return wrong
 
 
+def _newest(facts: Facts) -> list[str]:
+    """Of frames only the newest counts: nothing takes its place, and only a later one takes the place of others."""
+    wrong = []
+    for claims in facts.newest.values():
+        places = {run: seq for seq, run in claims}
+        if len(places) < len(claims):
+            wrong.append(f"doubled: a frame was accepted twice: {claims}")
+        for run, seq in places.items():
+            by = facts.records[run][0].superseded_by
+            if by is not None and places.get(by, 0) <= seq:
+                wrong.append(f"lost: the frame {run} gave way to {by}, which is no later one: {claims}")
+    return wrong
+
+
+def _gave_way(facts: Facts, record: RunRecord) -> bool:
+    """Say whether a run ended for a newer one before it had begun: none of its work has an outcome that counts."""
+    if record.state != "canceled" or record.superseded_by is None or not facts.first[record.run_id].newest:
+        return False
+    first = facts.dones.get(facts.first[record.run_id].invocation_id, [])
+    return all(seq > facts.cancels[record.run_id] for seq, _ in first)
+
+
 def _runs(world: World, facts: Facts) -> list[str]:
     """Compare every run with what its program had to do."""
     wrong = []
@@ -158,6 +209,9 @@ def _runs(world: World, facts: Facts) -> list[str]:
     ]
     while wanted:
         run, program, canceled, late = wanted.pop()
+        if program.variants:
+            wrong += ladders.check(facts, run, program, canceled=canceled)
+            continue
         expected = programs.expect(run, program)
         record, invocations = facts.records[run]
         done = {i for i, several in facts.dones.items() if several[0][1].run_id == run}
@@ -165,7 +219,7 @@ def _runs(world: World, facts: Facts) -> list[str]:
         if known - expected.invocations:
             wrong.append(f"ghost: the run {run} has the invocations {sorted(known - expected.invocations)}")
         dropped = any(i.state == "canceled" for i in invocations)
-        if record.state == "canceled" and (canceled or (late and dropped)):
+        if record.state == "canceled" and (canceled or (late and dropped) or _gave_way(facts, record)):
             pass
         elif late and dropped and record.state == "failed":
             pass  # some of its branches were dropped because they were late, and the run says so
@@ -177,7 +231,7 @@ def _runs(world: World, facts: Facts) -> list[str]:
             wrong += _answer(facts, record, expected)
         for event, emitted in expected.emits.items():
             emitter = event.rpartition("-")[0]
-            started = programs.emitted_run(run, event)
+            started = programs.emitted_run(record.tenant, run, event)
             outcome = facts.dones.get(emitter)
             if outcome is not None and outcome[0][1].state == "succeeded":
                 if started not in facts.first:
@@ -206,11 +260,42 @@ def _answer(facts: Facts, record: RunRecord, expected: programs.Expected) -> lis
     return []
 
 
+def _time_ledgers(world: World, facts: Facts) -> list[str]:
+    """The parts of a time to solution sum to the whole, where all clocks are the same."""
+    wrong = []
+    for run, (record, _) in facts.records.items():
+        if record.answered_at is None or world.nemesis.clocks_differ:
+            continue
+        whole_s, sum_s = record.answered_at - record.accepted_at, record.spent.total_s()
+        if abs(whole_s - sum_s) > LEDGER_SHARE * whole_s + 1e-6:  # an instant in floating point is that coarse
+            wrong.append(f"ledger: the run {run} took {whole_s:.6f} s, and {sum_s:.6f} s are told: {record.spent}")
+        if min(structs.astuple(record.spent)) < 0.0:
+            wrong.append(f"ledger: the run {run} has a negative part: {record.spent}")
+    return wrong
+
+
+def _dues(facts: Facts) -> list[str]:
+    """Work has to be done by its run's deadline or before, and stands in the lane that goes by that."""
+    wrong = []
+    for identity, works in facts.works.items():
+        for _, work in works:
+            first = facts.first.get(work.run_id)
+            if first is not None and first.on_late == "degrade" and work.deadline is None:
+                continue  # it follows on an answer, and nothing presses it any more
+            if first is not None and work.rung is None and work.deadline != first.deadline:
+                wrong.append(f"wrong: {identity} has the deadline {work.deadline}, and its run {first.deadline}")
+            if (work.due is None) != (work.deadline is None) and work.parent_id is not None:
+                wrong.append(f"wrong: {identity} is due at {work.due}, with the deadline {work.deadline}")
+            if work.due is not None and work.deadline is not None and work.due > work.deadline:
+                wrong.append(f"wrong: {identity} is due after the deadline of its run")
+    return wrong
+
+
 def _ghosts(world: World, facts: Facts) -> list[str]:
     """What runs was asked for: by a sender, by a run that stands in the log; and what was done outside likewise."""
     sent = {t.run for t in world.triggers}
     emitted = {
-        programs.emitted_run(done.run_id, f"{identity}-{position}")
+        programs.emitted_run(done.tenant, done.run_id, f"{identity}-{position}")
         for identity, several in facts.dones.items()
         for _, done in several
         if done.state == "succeeded"
@@ -238,7 +323,7 @@ def _heard(world: World, facts: Facts) -> list[str]:
 
 def _read_model(world: World, facts: Facts) -> list[str]:
     """Compare Redis with a fold of the log, key by key."""
-    expected = read_model(facts.records)
+    expected = read_model(facts.records) | histories(world.server.log)
     found = {k.decode(): v for k, v in world.redis.data.items() if k.decode() not in (POSITION, WHOLE, LAYOUT)}
     wrong = []
     for key in sorted(found.keys() | expected.keys()):
@@ -248,6 +333,14 @@ def _read_model(world: World, facts: Facts) -> list[str]:
                 told = f"{_shown(key, field, has)}, not {_shown(key, field, wants)}"
                 wrong.append(f"wrong: the read model has in {key} {field.decode()}: {told}")
     return wrong
+
+
+def histories(log: list[Kept]) -> dict[str, Any]:
+    """Return the key of Redis that holds what was learned from the log."""
+    lessons = Lessons()
+    teach(lessons, [Stored(kept.seq, kept.subject, kept.body, kept.at) for kept in log])
+    learned, _ = lessons.changed()
+    return {FORECASTS: {name.encode(): raw for name, raw in learned.items()}} if learned else {}
 
 
 def read_model(records: dict[str, tuple[RunRecord, list[InvocationRecord]]]) -> dict[str, Any]:
@@ -261,14 +354,15 @@ def read_model(records: dict[str, tuple[RunRecord, list[InvocationRecord]]]) -> 
     for run, (record, invocations) in records.items():
         rows = {b"r": encode(record)} | {b"i:" + i.invocation_id.encode(): encode(i) for i in invocations}
         made[f"hr:run:{run}"] = rows
-        keys = [RUNS, f"hr:route:{record.route}", f"hr:state:{record.state}"]
-        for key in keys if record.ended else [*keys, OPEN, f"{OPEN}:{record.route}"]:
+        tenant = record.tenant
+        keys = [RUNS, runs_key(tenant), route_key(tenant, record.route), state_key(tenant, record.state)]
+        for key in keys if record.ended else [*keys, OPEN, open_key(tenant, record.route)]:
             rank(key, run, record.first_seq)
         ended += record.ended
         for one in invocations:
             # What was given up on after its run was canceled bothers nobody.
             if one.state == "dead" and one.seq <= record.seq:
-                for key in (DEAD, DEAD_LEFT):
+                for key in (dead_key(tenant), dead_left_key(tenant)):
                     rank(key, f"{run}.{one.invocation_id}", one.seq)
                 made.setdefault(DEAD_RUNS, {})[one.invocation_id.encode()] = run.encode()
     if records:

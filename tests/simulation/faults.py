@@ -42,6 +42,7 @@ class Nemesis:
         self._counts: Counter[str] = Counter()
         self._over = False
         self.plan: list[str] = []
+        self.clocks_differ = False
 
     def prepare(self, over_after_s: float) -> None:
         """Draw the faults, and arm them."""
@@ -57,6 +58,7 @@ class Nemesis:
             world.redis.lost_share = 0.05
             self.plan.append("answers of Redis are lost")
         if rng.random() < 0.2:
+            self.clocks_differ = True
             for actor in world.actors:
                 actor.skew_s = rng.choice((0.0, 0.5, -0.5, 40.0, -40.0, SKEW_S_MAX, -SKEW_S_MAX)) * rng.random()
             self.plan.append("clocks differ by " + ", ".join(f"{a.skew_s:.1f}" for a in world.actors))

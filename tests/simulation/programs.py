@@ -12,16 +12,19 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from headrace import wire
 from headrace.errors import ChildLost, FunctionError, TimeLimit, UserError
 from headrace.model import EventFilter, FunctionOptions, Route
 from headrace.names import invocation_id, run_id
-from headrace.wire import Call, Effect, Emit, FunctionRecord, Invoke, Map, Payload, Returned, RouteRecord
+from headrace.wire import Call, Effect, Emit, ForecastRow, FunctionRecord, Invoke, Map, Payload, Returned, RouteRecord
+from streams.tables import row_key
 
-TENANT = "t"
+TENANT, GUEST = "default", "guest"
 RETRIES = 3
 DEPTH_MAX = 3
 EMITTED = "sim.more"
 WORK, JOIN = "work", "join"
+FULL, HALF, QUICK = "full", "half", "quick"
 
 
 class Step(Struct, omit_defaults=True):
@@ -34,7 +37,10 @@ class Step(Struct, omit_defaults=True):
 
 
 class Program(Struct, omit_defaults=True):
-    """What one invocation does: work for a while, fail so often or for good, then return its value and its effects."""
+    """What one invocation does: work for a while, fail so often or for good, then return its value and its effects.
+
+    ``variants`` are the programs of the variants of its function.
+    """
 
     value: int
     work_s: float = 0.0
@@ -42,6 +48,7 @@ class Program(Struct, omit_defaults=True):
     how: str = ""
     steps: list[Step] = []
     answers: bool = False
+    variants: list[Program] = []
 
 
 _read = msgspec.json.Decoder(Program).decode
@@ -58,13 +65,28 @@ def functions() -> dict[str, FunctionRecord]:
 
 
 def routes() -> dict[str, RouteRecord]:
-    """Return the routes: one to trigger, one that drops what is late, one for what functions emit."""
+    """Return the routes: one to trigger, one that drops what is late, one of which only the newest event counts, one
+    for what functions emit; and for a second tenant those of the same names."""
     made = {
         "main": Route(function=WORK),
         "late": Route(function=WORK, deadline="3s", on_late="cancel"),
+        "newest": Route(function=WORK, newest_wins=True),
         "more": Route(function=WORK, filter=EventFilter(type=EMITTED), deadline="60s"),
     }
-    return {name: RouteRecord(name=name, tenant=TENANT, route=route) for name, route in made.items()}
+    return {
+        row_key(tenant, name): RouteRecord(name=name, tenant=tenant, route=route)
+        for tenant in (TENANT, GUEST)
+        for name, route in made.items()
+    }
+
+
+def forecasts() -> dict[str, ForecastRow]:
+    """Return what is expected of the two functions, where the second is known a little only."""
+    long, short = wire.Expected(0.4, 2.5, 4.0, 100), wire.Expected(0.01, 0.05, 0.2, 2)
+    return {
+        WORK: ForecastRow(function=WORK, kinds={"run|||": short, "rest|||": long}, at=0.0),
+        JOIN: ForecastRow(function=JOIN, kinds={f"rest|{JOIN}-1||": short}, at=0.0),
+    }
 
 
 # ---------------------------------------------------------------- drawing them
@@ -129,12 +151,17 @@ def payload(program: Program) -> Payload:
     return Payload(body=body, size=len(body))
 
 
+def _program(function: str, body: bytes) -> Program:
+    program = _read(body)
+    return program.variants[(HALF, QUICK).index(function)] if function in (HALF, QUICK) else program
+
+
 def fails(function: str, body: bytes, attempt: int) -> tuple[float, FunctionError | None]:
     """Return how long an attempt takes, in seconds, and how it fails, if it does."""
     if function == JOIN:
         total = sum(msgspec.json.decode(body))
         return 0.001 * (total % 7), UserError("not yet") if total % 5 == 0 and attempt == 1 else None
-    program = _read(body)
+    program = _program(function, body)
     if program.how == "permanent":
         return program.work_s, UserError("never", transient=False)
     if attempt > program.failures:
@@ -155,7 +182,7 @@ def returns(function: str, body: bytes) -> Returned:
         if sum(values) % 11 == 0:
             effects = [Call(function=WORK, payload=payload(Program(value=sum(values) + 1)))]
         return Returned(result=_value(sum(values)), effects=effects)
-    program = _read(body)
+    program = _program(function, body)
     return Returned(
         result=_value(program.value),
         effects=[_effect(step) for step in program.steps],
@@ -257,6 +284,6 @@ def _expect_join(into: Expected, identity: str, results: list[int]) -> Any:
     return total
 
 
-def emitted_run(run: str, event_id: str) -> str:
-    """Return the id of the run that an emitted event starts."""
-    return run_id(TENANT, f"/v1/runs/{run}", event_id, "more")
+def emitted_run(tenant: str, run: str, event_id: str) -> str:
+    """Return the id of the run that an event starts which a tenant's run emitted."""
+    return run_id(tenant, f"/v1/runs/{run}", event_id, "more")

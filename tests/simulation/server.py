@@ -451,7 +451,8 @@ class SimServer:
         if consumer.explicit:
             progress.pending.setdefault(kept.seq, progress.places)
             self._time(consumer, kept.seq, consumer.ack_wait_s)
-        ack = f"{_ACK}{STREAM}.{consumer.name}.{delivered}.{kept.seq}.{progress.places}.{kept.at_ns}.0"
+        left = len(consumer.available)
+        ack = f"{_ACK}{STREAM}.{consumer.name}.{delivered}.{kept.seq}.{progress.places}.{kept.at_ns}.{left}"
         self._send(kept.subject, kept.body, None, ack, to=reply)
         self.on_event("deliver" if delivered == 1 else "redeliver", kept.subject, None)
 

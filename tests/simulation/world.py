@@ -15,7 +15,7 @@ from headrace.wire import encode
 from streams import topology
 from streams.ledger import FACTS, POSITION
 from streams.stored import Stored
-from tests.simulation import check, programs
+from tests.simulation import check, ladders, programs
 from tests.simulation.actors import Actor, Effect, GatewayActor, LedgerActor, Tables, WorkerActor, worker_of
 from tests.simulation.client import Network
 from tests.simulation.faults import Nemesis
@@ -25,8 +25,10 @@ from tests.simulation.redis import SimRedis
 from tests.simulation.server import SimServer
 from workers.worker import Tools, Worker
 
+GUEST_EVERY = 3  # of so many triggers one is another tenant's
 FAULTS_S = 4.0
 CALM_S_MAX = 600.0
+BURST_S = 0.05
 LOOK_S = 0.25
 ANSWER_S = 8.0
 RETRY_S = 0.4
@@ -40,6 +42,8 @@ class Trigger:
     route: str
     program: programs.Program
     patience: int
+    subject: str | None = None
+    tenant: str = programs.TENANT
     run: str = ""
     tries: int = 0
     accepted: bool = False
@@ -86,8 +90,8 @@ class World:
         self.server.guarding = options.guarding
         self.server.on_event = self._hear
         self.redis = SimRedis(self.loop, random.Random(draw.random()))
-        self.blobs: dict[str, bytes] = dict.fromkeys((programs.WORK, programs.JOIN), _CODE)
         self.tables = Tables()
+        self.blobs: dict[str, bytes] = dict.fromkeys(self.tables.names, _CODE)
         self.worker_kind = options.worker
         self.processes: list[Process] = []
         self.effects: list[Effect] = []
@@ -98,7 +102,11 @@ class World:
         self.gateways = [GatewayActor(self, f"g{n}") for n in range(self._rng.randrange(1, 3))]
         self.actors: list[Actor] = [*self.workers, *self.gateways, LedgerActor(self, "ledger")]
         self.by_name = {actor.name: actor for actor in self.actors}
-        self.triggers = [self._draw_trigger(n) for n in range(self._rng.randrange(1, 5))]
+        # In some worlds cameras send frames quicker than they can be looked at, of which only the newest counts.
+        self._frames = self.chance(0.25)
+        self._ladders = self.chance(0.25)
+        self._burst_s = FAULTS_S * 0.6 * self._rng.random()
+        self.triggers = [self._draw_trigger(n) for n in range(self._rng.randrange(1, 9 if self._frames else 5))]
         self.nemesis = Nemesis(self, random.Random(draw.random()))
         self._faults = options.faults
 
@@ -120,11 +128,19 @@ class World:
     # ------------------------------------------------------------ senders
 
     def _draw_trigger(self, number: int) -> Trigger:
-        route = "late" if self.chance(0.1) else "main"
+        if self._ladders and self.chance(0.7):
+            return self._drawn(number, "ladder", ladders.draw(self._rng))
+        route = "late" if self.chance(0.1) else "newest" if self._frames and self.chance(0.8) else "main"
+        made = self._drawn(number, route, programs.draw(self._rng))
+        if route == "newest":
+            made.subject = self._rng.choice(("cam", "cam", "eye", None))
+        return made
+
+    def _drawn(self, number: int, route: str, program: programs.Program) -> Trigger:
         event = f"e{number}"
-        patience = 1 if self.chance(0.1) else 1000
-        made = Trigger(event, route, programs.draw(self._rng), patience)
-        made.run = run_id(programs.TENANT, "sim", event, route)
+        made = Trigger(event, route, program, patience=1 if self.chance(0.1) else 1000)
+        made.tenant = programs.GUEST if number % GUEST_EVERY == 1 and route != "ladder" else programs.TENANT
+        made.run = run_id(made.tenant, "sim", event, route)
         return made
 
     def _schedule(self) -> None:
@@ -133,6 +149,8 @@ class World:
             together = waiting[: 2 if self.chance(0.2) else 1]
             del waiting[: len(together)]
             at_s = FAULTS_S * 0.6 * self._rng.random()
+            if together[0].route == "newest":
+                at_s = self._burst_s + BURST_S * self._rng.random()
             self.loop.later(at_s, self._send, together)
             if self.chance(0.15):
                 self.loop.later(at_s + 0.01 * self._rng.random(), self._send, together)
@@ -207,7 +225,9 @@ class World:
     async def live(self) -> None:
         """Live through the faults, then through the calm until all is done."""
         for lane in range(topology.LANES):
-            self.server.add_consumer(topology.lane_consumer(lane), topology._lane(lane).as_dict())
+            for tenant in (programs.TENANT, programs.GUEST):
+                config = topology.lane_config(lane, tenant)
+                self.server.add_consumer(topology.lane_consumer(lane, tenant), config.as_dict())
         for actor in self.actors:
             actor.start()
         self._schedule()
