@@ -44,7 +44,8 @@ class Delivery:
 
     ``fresh`` says that this is its first delivery, or that all before it were handed back not started; ``doubtful``
     that the server may have forgotten deliveries of it, for what it knows of them does not survive a crash. ``over``
-    says why it is not worth starting any more, if it is not. ``counts`` as long as it takes room in the hand.
+    says why it is not worth starting any more, if it is not. ``counts`` as long as it takes room in the hand. ``run``
+    is set by the hand: p50 and p90 of how long it is expected to run, in seconds, None where nothing is known.
     """
 
     __slots__ = (
@@ -60,6 +61,7 @@ class Delivery:
         "lane",
         "over",
         "reply",
+        "run",
         "seq",
         "size",
         "told_at",
@@ -83,6 +85,7 @@ class Delivery:
         self.told_at = now
         self.over: Over = ""
         self.counts = False
+        self.run: tuple[float, float] | None = None
 
     async def ack(self) -> None:
         """Say that it is done for good: its outcome is in the log."""
@@ -292,7 +295,10 @@ class Intake:
             self._stirred.set()
 
     def _room(self) -> int:
-        return 0 if self._held_bytes > HELD_BYTES_MAX else HELD_MAX - len(self._held)
+        """Return how many more messages may be asked for, beside those that are asked for already in any lane."""
+        if self._held_bytes > HELD_BYTES_MAX:
+            return 0
+        return HELD_MAX - len(self._held) - sum(lane.outstanding for lane in self._lanes.values())
 
     def _take(self, lane: TenantLane, arrived: Arrival) -> None:
         now = asyncio.get_running_loop().time()

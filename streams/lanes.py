@@ -15,6 +15,7 @@ from streams.topology import LaneOf, lane_consumer
 WINDOW_MAX = 128
 WINDOW_SPAN_S = 0.01  # how much work, by its usual length, is asked for ahead in one lane
 VIEW_MAX = 128  # so much of a lane is held where more waits behind it
+VIEW_LOW = VIEW_MAX // 2  # more is asked for once it has shrunk to this: a question for each message would cost as much
 ASIDE_MAX = 128  # so much work that is put off does not count as held; what is more goes back for a while
 STALE_S = 1.0  # after so long without a message, what was known to be behind tells nothing any more
 USUAL_FIRST_S = 0.1
@@ -50,6 +51,11 @@ class TenantLane:
             take(self, arrival)
 
         self._poll = Poll(link, lane_consumer(where.lane, where.tenant), arrived, lambda: None)
+
+    @property
+    def outstanding(self) -> int:
+        """How many messages are asked for and have not come."""
+        return self._poll.outstanding
 
     async def start(self) -> None:
         """Begin to listen; nothing is asked for yet."""
@@ -87,22 +93,22 @@ class TenantLane:
         """Say whether it is time to ask for more."""
         near, outstanding = self._near, self._poll.outstanding
         counted = self.held - self.aside + outstanding
-        if counted >= VIEW_MAX:
+        if counted > VIEW_LOW:
             return False
         if outstanding <= near // 2:
             return True
         more = 0 if self._poll.dry else self.behind + self.returned
-        return more > 0 and counted <= (VIEW_MAX // 2 if self.behind else near)
+        return more > 0 and (self.behind > 0 or counted <= near)
 
     async def ask(self, room: int) -> None:
         """Ask for what is about to be started, and for a look at what is known to wait behind it.
 
-        ``room`` is how many more the worker may hold in all; one is asked for in any case where nothing is held.
+        ``room`` is how many more the worker may ask for in all; one is asked for in any case where nothing is held.
         """
         poll = self._poll
         if poll.dry:
             self.behind = self.returned = 0
-        free = min(VIEW_MAX - (self.held - self.aside) - poll.outstanding, room - poll.outstanding)
+        free = min(VIEW_MAX - (self.held - self.aside) - poll.outstanding, room)
         if self.held == 0 and poll.outstanding == 0:
             free = max(1, free)
         if free <= 0:

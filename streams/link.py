@@ -29,7 +29,19 @@ class _Client(NatsClient):
 
     Left alone, it waits until the server has taken the rest, which a paused one never does; and it would send the rest
     over the next connection, when those who wait for answers have asked again long ago.
+
+    Headers are read without a look at every character of their names: the server and we alone write them, each message
+    of the log has several, and that look took a tenth of a worker's time.
     """
+
+    @staticmethod
+    def _parse_header_lines(raw: bytes) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for line in raw.split(b"\r\n"):
+            name, colon, value = line.partition(b":")
+            if colon:
+                found[name.strip().decode("ascii", "replace")] = value.strip().decode("utf-8", "replace")
+        return found
 
     async def _process_op_err(self, e: Exception) -> None:
         if (self.is_connected or self.is_connecting) and not self.is_closed:

@@ -17,7 +17,7 @@ from infra.embedded import NatsServer
 from infra.rights import ADMIN
 from streams import topology
 from streams.intake import Delivery, Intake
-from streams.lanes import ASIDE_MAX, VIEW_MAX, window
+from streams.lanes import ASIDE_MAX, VIEW_LOW, VIEW_MAX, window
 from streams.link import open_link
 from streams.log import Log
 from tests.stories import trigger
@@ -157,6 +157,13 @@ async def backlog(log: Log, count: int, *, prefix: str = "e", deadline: float | 
         await log.append([record for unit in units for record in unit.records])
 
 
+async def until_there(intake: Intake, event: str) -> None:
+    """Return once the work of an event is in the hand."""
+    async with asyncio.timeout(15):
+        while not any(one.invocation.event and one.invocation.event.id == event for one in intake._held.values()):
+            await asyncio.sleep(0.005)
+
+
 async def held_steadily(intake: Intake, at_least: int) -> int:
     """Return how much is held once it is so much and nothing more comes."""
     await until_held(intake, at_least)
@@ -168,33 +175,35 @@ async def held_steadily(intake: Intake, at_least: int) -> int:
     return intake.held
 
 
-async def test_of_a_long_lane_a_bounded_view_is_held_and_no_more(log: Log, intake: Intake) -> None:
+async def test_of_a_long_lane_a_bounded_view_is_held_and_no_more(log: Log) -> None:
     await backlog(log, 1000)
-    assert await held_steadily(intake, VIEW_MAX) == VIEW_MAX
-    for _ in range(3 * VIEW_MAX):
-        await (await take(intake)).ack()
-        assert intake.held <= VIEW_MAX
-    info = await log.link.jetstream().consumer_info(topology.STREAM, topology.lane_consumer(11, "default"))
-    assert (info.num_ack_pending or 0) <= 2 * VIEW_MAX
+    async with opened(log) as intake:
+        assert VIEW_LOW < await held_steadily(intake, VIEW_LOW + 1) <= VIEW_MAX
+        for _ in range(3 * VIEW_MAX):
+            await (await take(intake)).ack()
+            assert intake.held <= VIEW_MAX
+        info = await log.link.jetstream().consumer_info(topology.STREAM, topology.lane_consumer(11, "default"))
+        assert (info.num_ack_pending or 0) <= 2 * VIEW_MAX
 
 
 async def test_all_lanes_together_are_held_to_a_bound(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streams.intake.HELD_MAX", 150)
     now = time.time()
+    for number, left_s in enumerate((None, 900.0, 300.0, 100.0)):
+        await backlog(log, 200, prefix=f"l{number}-", deadline=None if left_s is None else now + left_s)
     async with opened(log) as intake:
-        for number, left_s in enumerate((None, 900.0, 300.0, 100.0)):
-            await backlog(log, 200, prefix=f"l{number}-", deadline=None if left_s is None else now + left_s)
-        assert 150 <= await held_steadily(intake, 150) <= 150 + topology.LANES
+        assert VIEW_LOW < await held_steadily(intake, VIEW_LOW + 1) <= 150 + topology.LANES
 
 
-async def test_an_urgent_one_is_taken_next_however_much_is_held(log: Log, intake: Intake) -> None:
+async def test_an_urgent_one_is_taken_next_however_much_is_held(log: Log) -> None:
     await backlog(log, 400)
-    await held_steadily(intake, VIEW_MAX)
-    await log.append([trigger("urgent", now=time.time(), deadline=time.time() + 30.0).record])
-    await until_held(intake, VIEW_MAX + 1)
-    taken = await take(intake)
-    assert taken.invocation.event is not None
-    assert taken.invocation.event.id == "urgent"
+    async with opened(log) as intake:
+        await held_steadily(intake, VIEW_LOW + 1)
+        await log.append([trigger("urgent", now=time.time(), deadline=time.time() + 30.0).record])
+        await until_there(intake, "urgent")
+        taken = await take(intake)
+        assert taken.invocation.event is not None
+        assert taken.invocation.event.id == "urgent"
 
 
 async def test_work_that_is_late_does_not_hide_what_comes_behind_it(log: Log) -> None:
@@ -278,11 +287,11 @@ async def test_a_tenant_with_a_long_queue_does_not_delay_the_urgent_work_of_anot
     tenants = Tenants()
     await topology.add_tenant(log.link, "small")
     tenants.put("small")
+    await backlog(log, 1000, deadline=time.time() + 31.0)
     async with opened(log, tenants=tenants) as intake:
-        await backlog(log, 1000, deadline=time.time() + 20.0)
-        await held_steadily(intake, VIEW_MAX)
-        await log.append([trigger("theirs", tenant="small", now=time.time(), deadline=time.time() + 19.0).record])
-        await until_held(intake, VIEW_MAX + 1)
+        await held_steadily(intake, VIEW_LOW + 1)
+        await log.append([trigger("theirs", tenant="small", now=time.time(), deadline=time.time() + 20.0).record])
+        await until_there(intake, "theirs")
         assert (await take(intake)).invocation.tenant == "small"
 
 
@@ -293,7 +302,7 @@ async def test_a_deep_hand_that_died_is_taken_up_by_another(log: Log, nats_serve
     await theirs.start()
     intake = Intake(theirs, hand(), Tenants(), slots=2, on_over=lambda delivery: None)
     await intake.start()
-    await held_steadily(intake, VIEW_MAX)
+    await held_steadily(intake, VIEW_LOW + 1)
     for task in [*intake._tasks, intake._keeping]:
         assert task is not None
         task.cancel()

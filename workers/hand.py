@@ -40,6 +40,7 @@ class WorkerHand:
     def _add(self, delivery: Delivery) -> Work | None:
         invocation = delivery.invocation
         expected = self._durations.of(invocation)
+        delivery.run = expected.run
         if expected.run is None:
             self._guessed[delivery.identity] = delivery
         work = work_of(
