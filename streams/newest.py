@@ -10,7 +10,6 @@ Which of two is the newer one is told by their places in the log, and by no cloc
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Protocol
 
 from headrace.wire import Cancel, Invocation, Mark, Newest, decode, encode
@@ -49,13 +48,15 @@ async def newest_run(log: NewestLog, key: str) -> str | None:
     return None if stored is None else decode(stored.body, Newest).run_id
 
 
-async def outdated(log: NewestLog, work: Invocation, seq: int, now: float) -> bool:
+async def outdated(log: NewestLog, work: Invocation, seq: int, lease: Record, now: float) -> bool:
     """End a run that has not begun if a newer one took its place, and say whether one did.
 
     Args:
         log: where both stand.
         work: the first invocation of the run.
         seq: its place in the log.
+        lease: takes the invocation over, guarded by what is known of it: where it was begun elsewhere meanwhile, the
+            run is not ended.
         now: epoch seconds.
 
     Raises:
@@ -71,6 +72,8 @@ async def outdated(log: NewestLog, work: Invocation, seq: int, now: float) -> bo
         return False
     mark = Mark(kind="superseded", run_id=by, rank=(PLAIN, float(stored.seq), 0.0, ""))
     subject = cancel_subject(work.run_id, WHO)
-    with suppress(AlreadyThere):  # another worker was told the same at this moment
-        await log.append([Record(subject, encode(Cancel(run_id=work.run_id, at=now, by=mark)), subject)])
+    try:
+        await log.append([lease, Record(subject, encode(Cancel(run_id=work.run_id, at=now, by=mark)), subject)])
+    except AlreadyThere:  # begun elsewhere; or another worker was told the same at this moment
+        return await log.last(subject) is not None
     return True

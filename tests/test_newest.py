@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from functions.admission import Admitted, admit
-from functions.effects import World, succeed
+from functions.effects import succeed
+from functions.outcomes import World
 from gateway.acceptance import Acceptance
 from headrace import Client, Event
 from headrace.errors import BadRequest, Infeasible
@@ -25,15 +26,25 @@ from headrace.wire import (
     EventMeta,
     FunctionRecord,
     Invocation,
+    Lease,
     Mark,
     Newest,
     Payload,
     decode,
+    encode,
 )
 from streams.link import Link
-from streams.log import AlreadyThere, Log
+from streams.log import AlreadyThere, Log, Record
 from streams.newest import WHO, newest_run, outdated
-from streams.topology import DEFAULT_TENANT, cancel_subject, done_subject, kind_of, newest_subject
+from streams.topology import (
+    DEFAULT_TENANT,
+    cancel_subject,
+    done_subject,
+    fence_subject,
+    kind_of,
+    lease_subject,
+    newest_subject,
+)
 from tests import stories
 from tests.commands import Run
 from tests.doubles import MemoryLog
@@ -60,6 +71,13 @@ def frame(identity: str, subject: str | None = "cam", function: FunctionRecord |
 # ---------------------------------------------------------------- what is decided
 
 
+def lease_of(work: Invocation, fence: int = 0) -> Record:
+    """Return the lease of a worker that knows of nothing after ``fence``."""
+    run, identity = work.run_id, work.invocation_id
+    lease = Lease(run_id=run, invocation_id=identity, attempt=1, worker="w", at=5.0)
+    return Record(lease_subject(run, identity), encode(lease), fence_subject(run, identity), fence)
+
+
 async def accept(log: MemoryLog, *frames: Admitted) -> list[int]:
     """Accept frames as one unit and return where the work of each stands in the log."""
     seqs = await log.append([record for one in frames for record in one.records])
@@ -79,7 +97,7 @@ async def test_all_but_the_last_accepted_are_outdated_whatever_order_they_are_lo
         last = frames[-1].invocation.run_id
         for n in order:
             first = frames[n].invocation
-            assert await outdated(log, first, seqs[n], 5.0) == (n != 2)
+            assert await outdated(log, first, seqs[n], lease_of(first), 5.0) == (n != 2)
             stored = await log.last(cancel_subject(first.run_id, WHO))
             if n == 2:
                 assert stored is None
@@ -96,10 +114,22 @@ async def test_to_look_twice_says_it_once() -> None:
     older, newer = frame("1"), frame("2")
     [seq] = await accept(log, older)
     await accept(log, newer)
-    assert await outdated(log, older.invocation, seq, 5.0)
+    assert await outdated(log, older.invocation, seq, lease_of(older.invocation), 5.0)
     kept = len(log.stored)
-    assert await outdated(log, older.invocation, seq, 6.0)
+    assert await outdated(log, older.invocation, seq, lease_of(older.invocation), 6.0)
     assert len(log.stored) == kept
+
+
+async def test_what_was_done_meanwhile_is_not_ended() -> None:
+    log = MemoryLog()
+    older, newer = frame("1"), frame("2")
+    [seq] = await accept(log, older)
+    await accept(log, newer)
+    work = older.invocation
+    late = lease_of(work)
+    await log.append([Record(done_subject(work.run_id, work.invocation_id), b"", late.absent, 0)])
+    assert not await outdated(log, work, seq, late, 5.0)
+    assert await log.last(cancel_subject(work.run_id, WHO)) is None
 
 
 async def test_a_frame_whose_unit_a_power_cut_tore_apart_is_the_newest_all_the_same() -> None:
@@ -107,7 +137,7 @@ async def test_a_frame_whose_unit_a_power_cut_tore_apart_is_the_newest_all_the_s
     await accept(log, frame("1"))
     torn = frame("2")
     [seq] = await log.append([torn.record])
-    assert not await outdated(log, torn.invocation, seq, 5.0)
+    assert not await outdated(log, torn.invocation, seq, lease_of(torn.invocation), 5.0)
 
 
 async def test_a_repeat_of_an_older_frame_does_not_take_the_place_of_a_newer_one() -> None:
@@ -118,13 +148,13 @@ async def test_a_repeat_of_an_older_frame_does_not_take_the_place_of_a_newer_one
     with pytest.raises(AlreadyThere):
         await accept(log, older)
     assert await newest_run(log, newer.invocation.newest) == newer.invocation.run_id
-    assert not await outdated(log, newer.invocation, seq, 5.0)
+    assert not await outdated(log, newer.invocation, seq, lease_of(newer.invocation), 5.0)
 
 
 async def test_work_of_other_routes_is_never_looked_up() -> None:
     log = MemoryLog()
     log.away = True
-    assert not await outdated(log, stories.trigger("e").invocation, 1, 5.0)
+    assert not await outdated(log, stories.trigger("e").invocation, 1, lease_of(stories.trigger("e").invocation), 5.0)
 
 
 def test_what_a_function_emits_takes_the_place_of_what_it_emitted_before() -> None:

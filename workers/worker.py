@@ -19,10 +19,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct, structs
 
-from functions import effects
+from functions import effects, jobs, outcomes
 from functions.busy import Busy
-from functions.effects import Attempted, World
+from functions.outcomes import Attempted, World
 from functions.outlook import Outlook
+from functions.pilot import fits
 from functions.policies import policy
 from functions.retraction import retract
 from functions.retries import LOST_ATTEMPTS_MAX, NO_PAST, Past, look_back, retry_at, wait_s
@@ -93,7 +94,8 @@ class Tools(Struct, frozen=True, kw_only=True):
 
     ``order`` names one of ``functions.policies``. ``work_age_max_s`` is how long work may wait, in seconds, before it
     is given up on; ``chain_depth_max`` bounds how many invocations follow one another, ``run_invocations_max`` how many
-    there are in a run; ``clock`` tells epoch seconds, and ``rng`` the jitter of delays.
+    there are in a run; ``ends_at`` is the epoch second at which the allocation ends that this worker is in, if it is in
+    one; ``clock`` tells epoch seconds, and ``rng`` the jitter of delays.
     """
 
     name: str
@@ -105,8 +107,9 @@ class Tools(Struct, frozen=True, kw_only=True):
     stager: Stager | None = None
     order: str = "headrace"
     work_age_max_s: float = 86400.0
-    chain_depth_max: int = effects.DEPTH_MAX
+    chain_depth_max: int = outcomes.DEPTH_MAX
     run_invocations_max: int = INVOCATIONS_MAX
+    ends_at: float | None = None
     clock: Callable[[], float] = time.time
     rng: random.Random = msgspec.field(default_factory=random.Random)
 
@@ -172,7 +175,7 @@ class Worker:
             except asyncio.CancelledError:
                 self._free.release()
                 raise
-            self._busy.begin(delivery.reply, self._durations.of(delivery.invocation).run)
+            self._busy.begin(delivery.reply, delivery.run)
             self._go_on(self._handle(delivery))
 
     def _go_on(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -238,14 +241,16 @@ class Worker:
             await delivery.give_back(left_s)
             return False
         # What has begun goes on, also when a newer event has come in its place.
-        if invocation.newest and past.attempt == 1 and await outdated(self._log, invocation, delivery.seq, now):
-            return True
+        if invocation.newest and past.attempt == 1:
+            lease = self._lease(invocation, past)
+            if await outdated(self._log, invocation, delivery.seq, lease, now):
+                return True
         hopeless = self._hopeless(invocation, past) if error is None else ("dead", error)
         if hopeless is None and (needless := await self._ladder.needless(invocation)) is not None:
             hopeless = ("canceled", needless)
         if hopeless is not None:
             state, error = hopeless
-            outcome, unit = effects.fail(invocation, self._tried(delivery, past, now, now), error, state)
+            outcome, unit = outcomes.fail(invocation, self._tried(delivery, past, now, now), error, state)
             await self._commits.commit(outcome, unit)
             return True
         if delivery.over:  # our order thought so, the log does not: it has to wait for a slot again
@@ -260,8 +265,18 @@ class Worker:
             tried = self._tried(delivery, past, now, self._clock())
             await self._commits.commit(*retract(invocation, tried, settled.over, self._world(invocation)))
             return True
+        if self._tools.ends_at is not None and not await self._fits(delivery, self._tools.ends_at):
+            await delivery.give_back(TROUBLE_DELAY_S)  # to a worker that has the time
+            return False
         delivery.invocation, why = await self._ladder.choose(invocation, again=not delivery.fresh)
         return await self._attempt(delivery, past, slot_free, why)
+
+    async def _fits(self, delivery: Delivery, ends_at: float) -> bool:
+        """Say whether it is expected to be over when the allocation of this worker ends."""
+        work = delivery.invocation
+        record = await self._tools.tables.version(work.tenant, work.function, work.version)
+        limit_s = 0.0 if record is None else parse_duration(record.options.timeout)  # what is not there fails at once
+        return fits(self._clock(), ends_at, delivery.run, limit_s)
 
     async def _settle(self, invocation: Invocation) -> tuple[Settled, ErrorInfo | None]:
         """Say what the event of a run overrules, as its gateway did unless it died. It does so also if it is canceled:
@@ -303,21 +318,21 @@ class Worker:
             )
         return None
 
+    def _lease(self, invocation: Invocation, past: Past) -> Record:
+        """Return what takes an invocation over from whoever had it, unless more has become of it than is known."""
+        run, identity = invocation.run_id, invocation.invocation_id
+        lease = Lease(
+            run_id=run, invocation_id=identity, attempt=past.attempt, worker=self._tools.name, at=self._clock()
+        )
+        return Record(lease_subject(run, identity), encode(lease), fence_subject(run, identity), past.fence)
+
     async def _claim(self, delivery: Delivery, past: Past) -> Past:
         """Take over an invocation that was delivered before: from here on, older attempts cannot commit.
 
         Raises:
             Fenced: another worker took it over, or has committed it, at this moment.
         """
-        run, identity = delivery.invocation.run_id, delivery.invocation.invocation_id
-        lease = Lease(
-            run_id=run,
-            invocation_id=identity,
-            attempt=past.attempt,
-            worker=self._tools.name,
-            at=self._clock(),
-        )
-        record = Record(lease_subject(run, identity), encode(lease), fence_subject(run, identity), past.fence)
+        record = self._lease(delivery.invocation, past)
         try:
             (seq,) = await self._log.append([record], timeout_s=APPEND_TIMEOUT_S)
         except AlreadyThere as other:
@@ -465,19 +480,20 @@ class Worker:
     async def _append_success(
         self, delivery: Delivery, tried: Attempted, returned: Returned, notes: list[Record]
     ) -> None:
-        blobs = self._tools.blobs
+        blobs, world = self._tools.blobs, self._world(delivery.invocation)
+        asked = [await checked_in(each, blobs) for each in jobs.placed(returned.effects, delivery.invocation, world)]
         kept = {
             position: await check_in(listed(payloads), blobs)
-            for position, payloads in effects.large_maps(returned.effects).items()
+            for position, payloads in effects.large_maps(asked).items()
         }
         outcome, unit = effects.succeed(
             delivery.invocation,
             tried,
             result=await check_in(returned.result, blobs),
             answer=None if returned.answer is None else await check_in(returned.answer, blobs),
-            effects=[await checked_in(e, blobs) for e in returned.effects] if returned.effects else [],
+            effects=asked,
             kept=kept,
-            world=self._world(delivery.invocation),
+            world=world,
         )
         await self._commits.commit(outcome, [*notes, *unit])
 
@@ -489,6 +505,7 @@ class Worker:
             now=self._clock(),
             depth_max=self._tools.chain_depth_max,
             outlook=self._outlook,
+            sites=tables.sites.items().values(),
         )
 
     async def _failed(
@@ -513,10 +530,10 @@ class Worker:
         if isinstance(error, ChildLost):
             _log.warning("invocation %s of %s: %s", invocation.invocation_id, invocation.function, error)
         if again is None:
-            outcome, unit = effects.fail(invocation, tried, info, "canceled" if isinstance(error, Late) else "dead")
+            outcome, unit = outcomes.fail(invocation, tried, info, "canceled" if isinstance(error, Late) else "dead")
             await self._commits.commit(outcome, [*notes, *unit])
             return True
-        failed = effects.failed_attempt(invocation, tried, info, again)
+        failed = outcomes.failed_attempt(invocation, tried, info, again)
         try:
             await self._log.append([*notes, failed], timeout_s=APPEND_TIMEOUT_S)
         except AlreadyThere:
@@ -540,7 +557,7 @@ class Worker:
         except UserError as error:
             tried = self._tried(delivery, past, started_at, self._clock())
             info = ErrorInfo(kind=error.kind, message=_told(error))
-            await self._commits.commit(*effects.fail(delivery.invocation, tried, info))
+            await self._commits.commit(*outcomes.fail(delivery.invocation, tried, info))
 
     # ------------------------------------------------------------ what nobody can read
 
@@ -550,7 +567,7 @@ class Worker:
     async def _bury(self, arrived: Arrival) -> None:
         """End an invocation whose message no worker could read, so that its run ends too."""
         try:
-            outcome, unit = effects.unreadable(arrived.subject, self._tools.name, arrived.at, self._clock())
+            outcome, unit = outcomes.unreadable(arrived.subject, self._tools.name, arrived.at, self._clock())
             await self._commits.commit(outcome, unit)
             await self._intake.acknowledge(arrived)
         except (HeadraceError, Fenced) as error:
