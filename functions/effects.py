@@ -6,23 +6,22 @@ rather than the work: the invocation runs again, and whatever it starts twice ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 
-from msgspec import Struct, structs
+from msgspec import structs
 
-from functions import routing, rungs, trail
+from functions import jobs, routing, rungs, trail
 from functions.admission import admit
-from functions.forecast import size_class
-from functions.outlook import NOTHING_KNOWN, Outlook
-from functions.qos import deadline_of, lane
+from functions.jobs import Jobs
+from functions.outcomes import Attempted, World, child, done_record, outcome_of, run_end, spent, work_record
+from functions.qos import deadline_of
 from headrace.errors import TooLarge, UserError
-from headrace.model import ErrorInfo, InvocationState, RunState, TimeLedger
+from headrace.joblog import JOB
 from headrace.names import invocation_id
 from headrace.wire import (
     NOTHING,
     SPREAD,
     SPREADER,
-    Attempt,
     Call,
     Effect,
     Emit,
@@ -32,107 +31,50 @@ from headrace.wire import (
     Map,
     Outcome,
     Payload,
-    RouteRecord,
-    RunEnd,
     Slot,
     Spread,
     Step,
+    Submit,
+    SubmitMany,
     encode,
 )
 from streams.log import UNIT_MESSAGES_MAX, Record
 from streams.newest import claim
-from streams.tables import row_key
-from streams.topology import attempt_subject, cancel_subject, done_subject, fence_subject, work_subject
+from streams.topology import cancel_subject
 
-DEPTH_MAX = 1000
 BREADTH_MAX = 10**15  # more is as good as endless, and must still fit into the message
 MEMBERS_AT_ONCE_MAX = 256
 EMPTY_LIST = Payload(body=b"[]", size=2)
 
 
-class Attempted(Struct, frozen=True, kw_only=True):
-    """One attempt: its times in epoch seconds, ``queued_at`` by the log's clock and the others by the worker's.
-
-    ``fence`` is the sequence of the lease under which it runs, 0 for a first delivery: its outcome counts only while
-    no newer lease is in the log. Of its time ``stage_in_s`` and ``stage_out_s`` went into moving data, in seconds;
-    ``failed_s`` is how long attempts before it ran that failed.
-    """
-
-    attempt: int
-    worker: str
-    queued_at: float
-    started_at: float
-    ended_at: float
-    fence: int = 0
-    stage_in_s: float = 0.0
-    stage_out_s: float = 0.0
-    failed_s: float = 0.0
+def large_maps(effects: Sequence[Effect | Jobs]) -> dict[int, list[Payload]]:
+    """Return the payloads of maps and ensembles that do not fit in one unit, by position; they go by claim check."""
+    found: dict[int, list[Payload]] = {}
+    for i, effect in enumerate(effects):
+        if isinstance(effect, Map) and len(effect.payloads) > MEMBERS_AT_ONCE_MAX:
+            found[i] = effect.payloads
+        elif isinstance(effect, Jobs) and len(effect.works) > MEMBERS_AT_ONCE_MAX:
+            found[i] = [jobs.payload_of(work) for work in effect.works]
+    return found
 
 
-class World(Struct, frozen=True, kw_only=True):
-    """What an outcome is committed against: the functions and routes as registered at this moment, and the time.
-
-    ``depth_max`` is how long a chain may get, ``outlook`` what is expected of what follows.
-    """
-
-    function: Callable[[str], FunctionRecord | None]
-    routes: Iterable[RouteRecord]
-    now: float
-    depth_max: int = DEPTH_MAX
-    outlook: Outlook = NOTHING_KNOWN
-
-    def due(
-        self,
-        tenant: str,
-        deadline: float | None,
-        function: str,
-        version: str,
-        size: int = 0,
-        not_before: float = 0.0,
-    ) -> float | None:
-        """Return by when this function should have ended with so many bytes of payload; None: whenever.
-
-        ``deadline`` is its run's; it starts now, or at ``not_before`` if that is later.
-        """
-        start = max(self.now, not_before)
-        return self.outlook.due(deadline, row_key(tenant, function), version, size_class(size), start)
-
-
-def spent(invocation: Invocation, tried: Attempted) -> TimeLedger:
-    """Return the time ledger up to the end of this attempt. Clocks of two machines may differ: no part is negative.
-
-    Attempts that failed have run too. What is left between the log and this attempt is waiting: for a worker, for the
-    next attempt, for the end of a delay.
-    """
-    before = invocation.spent
-    sent = max(0.0, tried.queued_at - invocation.sent_at)
-    first = invocation.parent_id is None
-    waited = max(0.0, tried.started_at - tried.queued_at)
-    failed = min(waited, tried.failed_s)
-    took = max(0.0, tried.ended_at - tried.started_at)
-    moved_in = min(took, tried.stage_in_s)
-    moved_out = min(took - moved_in, tried.stage_out_s)
-    return structs.replace(
-        before,
-        gateway_s=before.gateway_s + (sent if first else 0.0),
-        commit_s=before.commit_s + (0.0 if first else sent),
-        lane_s=before.lane_s + waited - failed,
-        stage_in_s=before.stage_in_s + moved_in,
-        run_s=before.run_s + failed + took - moved_in - moved_out,
-        stage_out_s=before.stage_out_s + moved_out,
-    )
-
-
-def large_maps(effects: list[Effect]) -> dict[int, list[Payload]]:
-    """Return the payloads of the maps that do not fit in one unit, by position; they travel by claim check."""
-    return {
-        i: e.payloads for i, e in enumerate(effects) if isinstance(e, Map) and len(e.payloads) > MEMBERS_AT_ONCE_MAX
-    }
-
-
-def started_by(effects: list[Effect]) -> int:
+def started_by(effects: Sequence[Effect | Jobs]) -> int:
     """Return how many invocations these effects start in their own run, those of large maps included."""
-    return sum(1 if isinstance(e, Call) else len(e.payloads) if isinstance(e, Map) else 0 for e in effects)
+    return sum(_members(effect) for effect in effects)
+
+
+def _members(effect: Effect | Jobs) -> int:
+    match effect:
+        case Call() | Submit():
+            return 1
+        case Map():
+            return len(effect.payloads)
+        case SubmitMany():
+            return len(effect.specs)
+        case Jobs():
+            return len(effect.works)
+        case _:
+            return 0
 
 
 def succeed(
@@ -141,7 +83,7 @@ def succeed(
     *,
     result: Payload,
     answer: Payload | None,
-    effects: list[Effect],
+    effects: Sequence[Effect | Jobs],
     kept: dict[int, Payload],
     world: World,
 ) -> tuple[Outcome, list[Record]]:
@@ -152,17 +94,19 @@ def succeed(
         tried: when and where.
         result: what the body returned, as the log may hold it.
         answer: what ``ctx.answer`` was given, if anything.
-        effects: what the body asked for, in order.
-        kept: for each large map, by position, its encoded payloads as the log may hold them.
+        effects: what the body asked for, in order; jobs that have no site yet are given one here.
+        kept: for each large map or ensemble, by position, its encoded payloads as the log may hold them.
         world: what is registered, and the time.
 
     Raises:
-        UserError: an effect names a function that is not registered, or the chain is too long.
+        UserError: an effect names a function that is not registered, no site can run a job, or the chain is too long.
         TooLarge: the effects do not fit in one unit.
     """
     plan = _Plan(invocation, tried, world, kept)
     if rungs.rescues(invocation):
-        effects = rungs.only_an_answer(invocation, effects, answer)
+        rungs.check_only_answers(invocation, effects, answer)
+        effects = []
+    effects = jobs.placed(effects, invocation, world)
     if answer is None:  # what follows an answer teaches nothing of the way to it
         plan.steps = trail.onward(invocation, tried.started_at, tried.ended_at, started_by(effects))
     plan.start_branches(effects)
@@ -175,77 +119,25 @@ def succeed(
         if not rungs.rescues(invocation):
             plan.follow()
     elif plan.branches == 0 and invocation.slot is None:
-        end = _end(invocation, tried, plan.spent, "succeeded", None)
-    outcome = _outcome(
-        invocation, tried, "succeeded", result=result, answer=answer, children=plan.children, spent=plan.spent, end=end
+        end = run_end(invocation, tried, plan.spent, "succeeded", None)
+    outcome = outcome_of(
+        invocation,
+        tried,
+        "succeeded",
+        result=result,
+        answer=answer,
+        children=plan.children,
+        jobs=plan.jobs,
+        spent=plan.spent,
+        end=end,
     )
-    plan.records.append(_done(outcome, tried.fence))
+    plan.records.append(done_record(outcome, tried.fence))
     if len(plan.records) >= UNIT_MESSAGES_MAX:  # what the function said last goes in front of it
         raise TooLarge(
             f"the effects of one invocation start {len(plan.records) - 1} pieces of work at once",
             hint="Use one ctx.map(...) instead of many, or chain.",
         )
     return outcome, plan.records
-
-
-def fail(
-    invocation: Invocation, tried: Attempted, error: ErrorInfo, state: InvocationState = "dead"
-) -> tuple[Outcome, list[Record]]:
-    """Return the outcome of an invocation that is given up on, and the unit to append."""
-    ledger = spent(invocation, tried)
-    ending: RunState = "canceled" if state == "canceled" else "failed"
-    # On a ladder another one may answer yet, or has answered: who ends the run then has to look.
-    ends = invocation.slot is None and invocation.rung is None
-    end = _end(invocation, tried, ledger, ending, error) if ends else None
-    outcome = _outcome(invocation, tried, state, error=error, spent=ledger, end=end)
-    return outcome, [_done(outcome, tried.fence)]
-
-
-def failed_attempt(invocation: Invocation, tried: Attempted, error: ErrorInfo, retry_at: float) -> Record:
-    """Return the record of a failed attempt that another one follows, not before ``retry_at``."""
-    run, identity = invocation.run_id, invocation.invocation_id
-    failed = Attempt(
-        run_id=run,
-        invocation_id=identity,
-        function=invocation.function,
-        version=invocation.version,
-        worker=tried.worker,
-        attempt=tried.attempt,
-        queued_at=tried.queued_at,
-        started_at=tried.started_at,
-        ended_at=tried.ended_at,
-        retry_at=retry_at,
-        error=error,
-        parent_id=invocation.parent_id,
-    )
-    subject = attempt_subject(run, identity, tried.attempt)
-    return Record(subject, encode(failed), fence_subject(run, identity), tried.fence)
-
-
-def unreadable(subject: str, worker: str, queued_at: float, now: float) -> tuple[Outcome, list[Record]]:
-    """Return the outcome of work whose message cannot be read: its subject tells whose it is, and its run ends."""
-    _, _, _, tenant, run, identity = subject.split(".")
-    error = ErrorInfo(
-        kind="unreadable", message="the message of this invocation is damaged, or of another release of the platform"
-    )
-    outcome = Outcome(
-        run_id=run,
-        invocation_id=identity,
-        function="",
-        version="",
-        route="",
-        tenant=tenant,
-        state="dead",
-        attempts=0,
-        queued_at=queued_at,
-        started_at=now,
-        ended_at=now,
-        worker=worker,
-        accepted_at=queued_at,
-        error=error,
-        end=RunEnd(run_id=run, state="failed", error=error, ended_at=now),
-    )
-    return outcome, [_done(outcome, 0)]
 
 
 def spread(
@@ -255,8 +147,8 @@ def spread(
     ledger = spent(invocation, tried)
     tenant, deadline = invocation.tenant, invocation.deadline
     records = [
-        _work(
-            _child(
+        work_record(
+            child(
                 invocation,
                 tried,
                 ledger,
@@ -274,8 +166,17 @@ def spread(
         )
         for index in range(work.first, work.last)
     ]
-    outcome = _outcome(invocation, tried, "succeeded", result=NOTHING, children=len(records), spent=ledger)
-    return [*records, _done(structs.replace(outcome, slot=None), tried.fence)]
+    started = len(records)
+    outcome = outcome_of(
+        invocation,
+        tried,
+        "succeeded",
+        result=NOTHING,
+        children=started,
+        jobs=started if work.function == JOB else 0,
+        spent=ledger,
+    )
+    return [*records, done_record(structs.replace(outcome, slot=None), tried.fence)]
 
 
 class _Plan:
@@ -291,14 +192,15 @@ class _Plan:
         self.steps: list[Step] = []
         self.branches = 0
         self.children = 0
+        self.jobs = 0
         self.breadth = invocation.breadth
 
-    def start_branches(self, effects: list[Effect]) -> None:
-        """Start all calls and maps. One branch takes over the slot of its parent; several share a new scope."""
+    def start_branches(self, effects: Sequence[Effect | Jobs]) -> None:
+        """Start all calls, maps and jobs. One branch takes over the slot of its parent; several share a new scope."""
         starting = [
             (i, e)
             for i, e in enumerate(effects)
-            if isinstance(e, Call) or (isinstance(e, Map) and (e.payloads or e.then is not None))
+            if isinstance(e, Call) or (isinstance(e, Map | Jobs) and (_members(e) or e.then is not None))
         ]
         self.branches = len(starting)
         if starting and self.invocation.depth >= self.world.depth_max:
@@ -327,44 +229,75 @@ class _Plan:
                 self._call(effect, position, slot)
             elif isinstance(effect, Map):
                 self._map(effect, position, slot)
+            elif isinstance(effect, Jobs):
+                self._submit(effect, position, slot)
 
     def _call(self, effect: Call, position: int, slot: Slot | None) -> None:
-        record = self._function(effect.function, "call")
+        record = self.world.named(effect.function, "call")
+        not_before = self.tried.ended_at + effect.delay_s if effect.delay_s > 0.0 else 0.0
         self._start(
-            invocation_id(self.invocation.invocation_id, position), record, effect.payload, slot, delay_s=effect.delay_s
+            invocation_id(self.invocation.invocation_id, position),
+            record.name,
+            record.version,
+            effect.payload,
+            slot,
+            not_before,
         )
 
-    def _map(self, effect: Map, position: int, around: Slot | None) -> None:
-        member = self._function(effect.function, "map")
-        then = None if effect.then is None else self._function(effect.then, "map(then=...)")
-        if not effect.payloads and then is not None:
-            self._start(invocation_id(self.invocation.invocation_id, position), then, EMPTY_LIST, around)
+    def _map(self, effect: Map, position: int, slot: Slot | None) -> None:
+        member = self.world.named(effect.function, "map")
+        then = None if effect.then is None else self.world.named(effect.then, "map(then=...)")
+        self._together(member.name, member.version, effect.payloads, then, position, slot)
+
+    def _submit(self, effect: Jobs, position: int, slot: Slot | None) -> None:
+        payloads = [] if position in self.kept else [jobs.payload_of(work) for work in effect.works]
+        self.jobs += len(payloads)
+        if effect.together:
+            self._together(JOB, "", payloads, effect.then, position, slot, size=len(effect.works))
+        else:
+            self._start(invocation_id(self.invocation.invocation_id, position), JOB, "", payloads[0], slot)
+
+    def _together(
+        self,
+        function: str,
+        version: str,
+        payloads: list[Payload],
+        then: FunctionRecord | None,
+        position: int,
+        around: Slot | None,
+        size: int | None = None,
+    ) -> None:
+        """Start one invocation per payload, which end together; those of a large map are ``size`` and start later."""
+        identity = self.invocation.invocation_id
+        members = len(payloads) if size is None else size
+        if not members and then is not None:
+            self._start(invocation_id(identity, position), then.name, then.version, EMPTY_LIST, around)
             return
-        scope = invocation_id(self.invocation.invocation_id, f"map-{position}")
+        scope = invocation_id(identity, f"map-{position}")
         slot = Slot(
             scope=scope,
             index=0,
-            size=len(effect.payloads),
+            size=members,
             then=None if then is None else then.name,
             then_version="" if then is None else then.version,
             parent=around,
-            opened_by=self.invocation.invocation_id,
+            opened_by=identity,
             on_late=self.invocation.on_late,
             depth=self.invocation.depth,
             breadth=min(BREADTH_MAX, self.invocation.breadth * self.branches),
         )
         if position in self.kept:
-            self._spread(member, slot, self.kept[position])
+            self._spread(function, version, slot, self.kept[position])
             return
-        for index, payload in enumerate(effect.payloads):
-            self._start(invocation_id(scope, index), member, payload, structs.replace(slot, index=index))
+        for index, payload in enumerate(payloads):
+            self._start(invocation_id(scope, index), function, version, payload, structs.replace(slot, index=index))
 
-    def _spread(self, member: FunctionRecord, slot: Slot, payloads: Payload) -> None:
+    def _spread(self, function: str, version: str, slot: Slot, payloads: Payload) -> None:
         """Start the pieces of work that will start the members, each a part of them."""
         for first in range(0, slot.size, MEMBERS_AT_ONCE_MAX):
             work = Spread(
-                function=member.name,
-                version=member.version,
+                function=function,
+                version=version,
                 payloads=payloads,
                 slot=slot,
                 first=first,
@@ -372,7 +305,7 @@ class _Plan:
             )
             body = encode(work)
             self._append(
-                _child(
+                child(
                     self.invocation,
                     self.tried,
                     self.spent,
@@ -382,40 +315,46 @@ class _Plan:
                     payload=Payload(type=SPREAD, body=body, size=len(body)),
                     slot=None,
                     breadth=self.breadth,
-                    due=self._due(member),
+                    due=self._due(function, version),
                     steps=self.steps,
                 )
             )
 
     def _start(
-        self, identity: str, record: FunctionRecord, payload: Payload, slot: Slot | None, delay_s: float = 0.0
+        self,
+        identity: str,
+        function: str,
+        version: str,
+        payload: Payload,
+        slot: Slot | None,
+        not_before: float = 0.0,
     ) -> None:
-        not_before = self.tried.ended_at + delay_s if delay_s > 0.0 else 0.0
-        child = _child(
-            self.invocation,
-            self.tried,
-            self.spent,
-            identity=identity,
-            function=record.name,
-            version=record.version,
-            payload=payload,
-            slot=slot,
-            breadth=self.breadth,
-            due=self._due(record, payload.size, not_before),
-            steps=self.steps,
-            not_before=not_before,
+        self._append(
+            child(
+                self.invocation,
+                self.tried,
+                self.spent,
+                identity=identity,
+                function=function,
+                version=version,
+                payload=payload,
+                slot=slot,
+                breadth=self.breadth,
+                due=self._due(function, version, payload.size, not_before),
+                steps=self.steps,
+                not_before=not_before,
+            )
         )
-        self._append(child)
 
-    def _append(self, child: Invocation) -> None:
+    def _append(self, started: Invocation) -> None:
         self.children += 1
-        self.records.append(_work(child, self.world.now))
+        self.records.append(work_record(started, self.world.now))
 
     def follow(self) -> None:
         """Start the full function after a cheaper variant of it has answered."""
         asked = self.invocation
         assert asked.rung is not None  # noqa: S101 - only on a ladder is there one to follow
-        full = _child(
+        full = child(
             asked,
             self.tried,
             self.spent,
@@ -464,121 +403,6 @@ class _Plan:
             self.records.append(Record(admitted.record.subject, admitted.record.body, canceled))
             self.records += claim(admitted.invocation)
 
-    def _due(self, follow_up: FunctionRecord, size: int = 0, not_before: float = 0.0) -> float | None:
+    def _due(self, function: str, version: str, size: int = 0, not_before: float = 0.0) -> float | None:
         of = self.invocation
-        return self.world.due(of.tenant, of.deadline, follow_up.name, follow_up.version, size, not_before)
-
-    def _function(self, name: str, what: str) -> FunctionRecord:
-        record = self.world.function(name)
-        if record is None:
-            raise UserError(
-                f"{what}: no function named {name} is registered",
-                hint=f"Deploy the file that defines {name}, then trigger again.",
-                transient=False,
-            )
-        return record
-
-
-def _child(
-    parent: Invocation,
-    tried: Attempted,
-    ledger: TimeLedger,
-    *,
-    identity: str,
-    function: str,
-    version: str,
-    payload: Payload,
-    slot: Slot | None,
-    breadth: int,
-    due: float | None,
-    steps: list[Step],
-    parent_id: str | None = None,
-    not_before: float = 0.0,
-) -> Invocation:
-    return Invocation(
-        run_id=parent.run_id,
-        invocation_id=identity,
-        function=function,
-        version=version,
-        route=parent.route,
-        tenant=parent.tenant,
-        payload=payload,
-        accepted_at=parent.accepted_at,
-        sent_at=tried.ended_at,
-        deadline=parent.deadline,
-        parent_id=parent_id or parent.invocation_id,
-        slot=slot,
-        spent=ledger,
-        depth=parent.depth + 1,
-        breadth=breadth,
-        on_late=parent.on_late,
-        not_before=not_before,
-        due=due,
-        trail=steps,
-    )
-
-
-def _work(child: Invocation, now: float) -> Record:
-    subject = work_subject(lane(child.due, now), child.tenant, child.run_id, child.invocation_id)
-    return Record(subject, encode(child))
-
-
-def _done(outcome: Outcome, fence: int) -> Record:
-    run, identity = outcome.run_id, outcome.invocation_id
-    return Record(done_subject(run, identity), encode(outcome), fence_subject(run, identity), fence)
-
-
-def _end(
-    invocation: Invocation, tried: Attempted, ledger: TimeLedger, state: RunState, error: ErrorInfo | None
-) -> RunEnd:
-    return RunEnd(
-        run_id=invocation.run_id,
-        state=state,
-        answer_id=invocation.invocation_id if state == "succeeded" else None,
-        error=error,
-        spent=ledger,
-        ended_at=tried.ended_at,
-    )
-
-
-def _outcome(
-    invocation: Invocation,
-    tried: Attempted,
-    state: InvocationState,
-    *,
-    result: Payload | None = None,
-    answer: Payload | None = None,
-    error: ErrorInfo | None = None,
-    children: int = 0,
-    spent: TimeLedger,
-    end: RunEnd | None = None,
-) -> Outcome:
-    return Outcome(
-        run_id=invocation.run_id,
-        invocation_id=invocation.invocation_id,
-        function=invocation.function,
-        version=invocation.version,
-        route=invocation.route,
-        tenant=invocation.tenant,
-        state=state,
-        attempts=tried.attempt,
-        queued_at=tried.queued_at,
-        started_at=tried.started_at,
-        ended_at=tried.ended_at,
-        worker=tried.worker,
-        accepted_at=invocation.accepted_at,
-        deadline=invocation.deadline,
-        parent_id=invocation.parent_id,
-        result=result,
-        answer=answer,
-        error=error,
-        children=children,
-        slot=invocation.slot if children == 0 else None,
-        spent=spent,
-        end=end,
-        size=size_class(invocation.payload.size),
-        trail=invocation.trail if state == "succeeded" and (children == 0 or answer is not None) else [],
-        due=invocation.due,
-        on_late=invocation.on_late,
-        fidelity=rungs.fidelity(invocation),
-    )
+        return self.world.due(of.tenant, of.deadline, function, version, size, not_before)

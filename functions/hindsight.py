@@ -18,6 +18,7 @@ from functions.policies import policy
 from functions.simulate import End, Piece, simulate
 from headrace.clock import parse_instant
 from headrace.errors import NotFound
+from headrace.joblog import JOB
 from headrace.model import Recorded
 
 OURS = "headrace"
@@ -131,7 +132,12 @@ def _complete(rows: list[_Row]) -> tuple[list[_Row], int, int]:
     return found, guessed, len(rows) - len(found)
 
 
-def _pieces(rows: list[_Row]) -> list[Piece]:
+def _askers(records: Iterable[Recorded]) -> dict[str, str]:
+    """Return for each batch job what asked for it: what follows the job follows from that, after as long a time."""
+    return {one.invocation_id: one.parent_id for one in records if one.function == JOB and one.parent_id is not None}
+
+
+def _pieces(rows: list[_Row], askers: dict[str, str]) -> list[Piece]:
     """Return the rows as pieces of work, in their order; each learns its place."""
     place_of: dict[str, int] = {}
     parents_of: dict[str, list[int]] = defaultdict(list)
@@ -144,8 +150,9 @@ def _pieces(rows: list[_Row]) -> list[Piece]:
     for row in rows:
         one = row.of
         parents = parents_of.get(one.invocation_id, [])
-        if not parents and one.parent_id in place_of:
-            parents = [place_of[one.parent_id]]
+        parent = askers.get(one.parent_id or "", one.parent_id)
+        if not parents and parent in place_of:
+            parents = [place_of[parent]]
         # What it follows from may have ended before the records begin, or be later in them where clocks differ.
         parents = [parent for parent in parents if rows[parent].stored <= row.stored and parent != row.place]
         delay_s = max(0.0, row.queued - max(rows[parent].ended for parent in parents)) if parents else 0.0
@@ -271,7 +278,8 @@ def replayed(records: Iterable[Recorded], name: str, slots: int | None = None) -
         NotFound: nothing was recorded of which a duration is known.
     """
     policy(name, 1)  # a name that is none is told before anything else
-    read = _read(records)
+    records = list(records)
+    read, askers = _read(records), _askers(records)
     rows, guessed, left_out = _complete(read)
     if not rows:
         raise NotFound(
@@ -279,7 +287,7 @@ def replayed(records: Iterable[Recorded], name: str, slots: int | None = None) -
         )
     seen = slots_seen([(row.started, row.ended) for row in rows if row.ended > row.started])
     number = seen if slots is None else slots
-    pieces = _pieces(rows)
+    pieces = _pieces(rows, askers)
     ends = simulate(pieces, number, policy(name, number))
     ours = ends if name == OURS else simulate(pieces, number, policy(OURS, number))
     cut = {row.of.run_id for row in read if row.place < 0}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from functions import trail
 from functions.forecast import History, forecast
-from functions.outlook import Measure, kind_names
+from functions.outlook import JOBS, Measure, kind_names
 from headrace.wire import Expected, ForecastRow, Outcome, RunEnd, Step, decode, encode
 from streams.record import Fact, RunRecord
 from streams.stored import Stored
@@ -84,6 +84,7 @@ class Lessons:
                 waited = fact.started_at - fact.accepted_at
                 if fact.parent_id is None and fact.attempts == 1 and waited < QUIET_S:
                     self._take("wait", fact.tenant, this, waited, number, stored.at)
+            self._take_job(fact, number, stored.at)
             if answered and before is not None:
                 # A better answer that came later tells of its own function alone: the way to the first one was shorter.
                 steps = trail.of(fact) if before.answered_at is None else trail.of(fact)[-1:]
@@ -91,15 +92,33 @@ class Lessons:
         elif isinstance(fact, RunEnd) and after is not None and answered:
             self._answered(after.tenant, fact.trail, zlib.crc32(fact.run_id.encode()), stored.at)
 
+    def _take_job(self, done: Outcome, number: int, at: float) -> None:
+        job = done.job
+        if job is not None and job.state == "completed" and job.started_at is not None and job.ended_at is not None:
+            self._learn("run", JOBS, done.version, job.site, 0, job.ended_at - job.started_at, number, at)
+
     def _answered(self, tenant: str, steps: Iterable[Step], number: int, at: float) -> None:
         for step in steps:
             self._take("answer", tenant, step, at - step.started_at, number, at)
             self._take("rest", tenant, step, at - step.ended_at, number, at)
 
     def _take(self, measure: Measure, tenant: str, step: Step, seconds: float, number: int, at: float) -> None:
-        function = row_key(tenant, step.function)
+        self._learn(measure, row_key(tenant, step.function), step.version, SITE, step.size, seconds, number, at)
+
+    def _learn(
+        self,
+        measure: Measure,
+        function: str,
+        version: str,
+        site: str,
+        size: int,
+        seconds: float,
+        number: int,
+        at: float,
+    ) -> None:
+        """Learn one duration of work under all kinds that it belongs to; ``function`` is the key of its row."""
         mine = self.histories.setdefault(function, {})
-        for kind in kind_names(measure, step.version, SITE, step.size):
+        for kind in kind_names(measure, version, site, size):
             history = mine.get(kind)
             if history is None:
                 history = mine[kind] = History()

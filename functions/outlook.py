@@ -19,6 +19,7 @@ MEASURES: dict[Measure, str] = {
     "rest": "from the end of an invocation to the answer of its run",
     "wait": "from acceptance to the start of the first invocation, where hardly anything else waited",
 }
+JOBS = "=jobs"  # the key of the row of batch jobs, by shape and site; the sign keeps it apart from every function
 OWN_MIN = 3  # so many durations of its own, and work is no longer forecast from wider kinds
 
 

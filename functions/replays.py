@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from functions.admission import UNKNOWN, Admitted, due_of, guard_subject
 from functions.qos import deadline_of, lane
+from headrace.joblog import JOB
 from headrace.model import Quote
 from headrace.names import invocation_id, run_id
 from headrace.wire import RETRACTER, SPREADER, FunctionRecord, Invocation, Replay, Replayed, RouteRecord, encode
@@ -35,9 +36,9 @@ def again(first: Invocation, dead: Invocation) -> Again:
     """Return what has to be repeated for an invocation that was given up on.
 
     One that stood alone in its chain runs again by itself. A branch needs its siblings for what follows, so there the
-    whole run starts again; so it does for what the platform did on behalf of a function.
+    whole run starts again; so it does for a batch job, and for what the platform did on behalf of a function.
     """
-    alone = dead.slot is None and dead.function not in (SPREADER, RETRACTER)
+    alone = dead.slot is None and dead.function not in (SPREADER, RETRACTER, JOB)
     return Again(
         of=Replayed(run_id=dead.run_id, invocation_id=dead.invocation_id),
         first=first,

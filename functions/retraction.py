@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from functions.effects import Attempted, World, succeed
+from functions.effects import succeed
+from functions.outcomes import Attempted, World
 from headrace.wire import Emit, Invocation, Outcome, Payload
 from streams.log import Record
 from streams.threads import RETRACTS

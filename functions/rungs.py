@@ -12,6 +12,7 @@ others in the log, and ends the run; after a crash in between, the work comes ag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from msgspec import Struct, structs
@@ -21,7 +22,7 @@ from functions.qos import lane
 from headrace.errors import UserError
 from headrace.model import Fidelity, TimeLedger
 from headrace.names import invocation_id
-from headrace.wire import Effect, Emit, FunctionRecord, Invocation, Outcome, Payload, RunEnd, Rung, encode
+from headrace.wire import Emit, FunctionRecord, Invocation, Outcome, Payload, RunEnd, Rung, encode
 from streams.log import Record
 from streams.topology import end_subject, work_subject
 
@@ -74,8 +75,8 @@ def rung_id(asked: str, level: int) -> str:
     return invocation_id(asked, f"rung-{level}")
 
 
-def only_an_answer(invocation: Invocation, effects: list[Effect], answer: Payload | None) -> list[Effect]:
-    """Return what a rescue may do besides answering, which is nothing: events are emitted by whom it stands in for.
+def check_only_answers(invocation: Invocation, effects: Sequence[object], answer: Payload | None) -> None:
+    """Refuse a rescue that does not answer. What else it asks for is not done: events come from whom it stands in for.
 
     Raises:
         UserError: it starts follow-ups and gives no answer of its own.
@@ -86,7 +87,6 @@ def only_an_answer(invocation: Invocation, effects: list[Effect], answer: Payloa
             hint="Let a variant return its answer itself, or give it with ctx.answer(...).",
             transient=False,
         )
-    return []
 
 
 def full_id(asked: str) -> str:

@@ -1,8 +1,9 @@
 """What a running function holds in its hand: its ids, its deadline, and what it may ask for.
 
-Effects (``call``, ``map``, ``emit``, ``answer``) are collected here and committed together with the outcome, or not at
-all: a body that raises, or runs twice after a crash, has asked for nothing. What happens at once (``progress``,
-``log``, ``stage``, ``store``) goes through a ``Port``: a pipe to the worker, or memory in ``headrace.testing``.
+Effects (``call``, ``map``, ``submit``, ``emit``, ``answer``) are collected here and committed together with the
+outcome, or not at all: a body that raises, or runs twice after a crash, has asked for nothing. What happens at once
+(``progress``, ``log``, ``stage``, ``store``) goes through a ``Port``: a pipe to the worker, or memory in
+``headrace.testing``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, Protocol
 import msgspec
 
 from headrace.errors import BadRequest, TooLarge
+from headrace.jobs import JobSpec
 from headrace.sdk import function_name
-from headrace.wire import BYTES, JSON, Call, Effect, Emit, Map, Payload
+from headrace.wire import BYTES, JSON, Call, Effect, Emit, Map, Payload, Submit, SubmitMany
 
 EFFECTS_MAX = 256
 FAN_OUT_MAX = 10_000
@@ -75,6 +77,19 @@ def _plain(value: Any) -> Any:
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _spec_payload(spec: JobSpec) -> Payload:
+    if not isinstance(spec, JobSpec):
+        raise BadRequest(
+            f"submit: a {type(spec).__name__} is no job", hint='Give a JobSpec(executable="...", ...) of headrace.'
+        )
+    body = msgspec.json.encode(spec)
+    return Payload(type=JSON, body=body, size=len(body))
+
+
+def _named(fn: str | Callable[..., Any] | None) -> str | None:
+    return None if fn is None else function_name(fn)
 
 
 class Context:
@@ -153,9 +168,53 @@ class Context:
             Map(
                 function=function_name(fn),
                 payloads=encoded,
-                then=None if then is None else function_name(then),
+                then=_named(then),
             )
         )
+
+    def submit(
+        self,
+        spec: JobSpec,
+        then: str | Callable[..., Any] | None = None,
+        on_failure: str | Callable[..., Any] | None = None,
+    ) -> None:
+        """Run a batch job at a site once this invocation has succeeded.
+
+        When it has completed, ``then`` gets a ``JobEnd``; when it has failed or was canceled, ``on_failure`` gets it.
+        Without ``then`` the end of the job is the result; without ``on_failure`` its failure is that of the run. The
+        site is one that can run it, of those that it names, where it is expected to end first; a site that it names
+        and that is not there now is waited for.
+
+        Raises:
+            BadRequest: it is not a ``JobSpec``.
+            TooLarge: this invocation asks for more than 256 effects.
+        """
+        self._add(Submit(spec=_spec_payload(spec), then=_named(then), on_failure=_named(on_failure)))
+
+    def submit_many(
+        self,
+        specs: Iterable[JobSpec],
+        then: str | Callable[..., Any] | None = None,
+        on_failure: str | Callable[..., Any] | None = None,
+    ) -> None:
+        """Run many batch jobs; when all have ended well, ``then`` gets the list of their ends in order.
+
+        A site gets those that are alike as one job array, where it has such. ``on_failure`` gets the end of each job
+        that fails, and what it returns stands in the list in its place; without it, one failure is that of the run.
+        With no jobs at all, ``then`` gets an empty list.
+
+        Raises:
+            BadRequest: one of them is not a ``JobSpec``.
+            TooLarge: there are more than the platform takes (10,000, unless it is set otherwise).
+        """
+        encoded: list[Payload] = []
+        for spec in specs:
+            if len(encoded) == self._fan_out_max:
+                raise TooLarge(
+                    f"submit_many: more than {self._fan_out_max:,} jobs", hint="Let each job do more of the work."
+                )
+            encoded.append(_spec_payload(spec))
+        self._add(SubmitMany(specs=encoded, then=_named(then), on_failure=_named(on_failure)))
 
     def emit(self, type: str, data: Any = None) -> None:  # noqa: A002 - the CloudEvents attribute is called so
         """Publish an event of this type: every route that takes it starts a run of its own."""

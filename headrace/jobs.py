@@ -10,21 +10,58 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from headrace.clock import parse_duration
 from headrace.errors import BadRequest, TooLarge
+from headrace.model import ErrorInfo, JobState
 from headrace.names import check_name
 
 SPEC_BYTES_MAX = 256 * 1024
 NODES_MAX = 100_000
 PROCESSES_MAX = 10_000_000
 FILES_MAX = 1000
+RETRIES_MAX = 100
 LAUNCHERS = ("single", "multiple", "srun", "mpirun", "aprun", "jsrun")
+LINES_TOLD_MAX = 20  # of what a job printed last, in the error of its run
 RECORDS = ".headrace"  # the folder in a job's own that tells how it went; no input or output may take its name
+
+# Why a job ended as it did, or waits. "" where the state says all.
+Reason = Literal[
+    "",
+    "exit_code",
+    "signal",
+    "walltime",
+    "out_of_memory",
+    "node_failure",
+    "preempted",
+    "deadline",
+    "launch",
+    "canceled",
+    "lost",
+    "rejected",
+    "stage_in",
+    "stage_out",
+]
+REASONS: dict[Reason, str] = {
+    "": "Nothing more is to be said.",
+    "exit_code": "Its program ended with an exit code other than 0.",
+    "signal": "Its program was ended by a signal.",
+    "walltime": "It ran longer than it may.",
+    "out_of_memory": "It took more memory than it may.",
+    "node_failure": "A node that it ran on failed.",
+    "preempted": "It had to make room for a more urgent job.",
+    "deadline": "The batch system saw that it could not end in time.",
+    "launch": "Its program could not be started.",
+    "canceled": "Somebody canceled it.",
+    "lost": "The batch system knows it no longer, and it left no record of an end.",
+    "rejected": "The batch system refused it.",
+    "stage_in": "Its inputs could not be brought to the site.",
+    "stage_out": "Its outputs could not be kept.",
+}
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]*\.[A-Za-z][A-Za-z0-9_-]*")
@@ -141,13 +178,60 @@ class JobAttributes(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
             _plain(value, f"attributes: custom attribute {name}")
 
 
+class JobTime(Struct, frozen=True, kw_only=True):
+    """Where the time of a job went, in seconds: in the queue, running, and moving inputs and outputs."""
+
+    queue: float = 0.0
+    run: float = 0.0
+    stage_in: float = 0.0
+    stage_out: float = 0.0
+
+
+class JobEnd(Struct, frozen=True, kw_only=True):
+    """How a job ended: what the function after it is given, and the result of a job that none follows.
+
+    ``state`` is completed, failed or canceled; ``reason`` (``REASONS``) tells failures apart, and ``detail`` has the
+    batch system's own words. ``outputs`` maps the names of the specification to URIs, ``missing`` has those that the
+    job did not make; ``last_lines`` is the end of what it printed.
+    """
+
+    job_id: str = ""
+    site: str = ""
+    state: JobState = "completed"
+    exit_code: int | None = None
+    reason: Reason = ""
+    detail: str = ""
+    outputs: dict[str, str] = {}
+    missing: list[str] = []
+    time_s: JobTime = JobTime()
+    native_id: str | None = None
+    attempts: int = 1
+    nodes: str = ""
+    last_lines: str = ""
+
+
+def failure(end: JobEnd) -> ErrorInfo:
+    """Return the error of a job that failed: which one, where, why, and what it printed last."""
+    which = f"the job {end.job_id}" + (f" ({end.native_id})" if end.native_id else "")
+    why = REASONS.get(end.reason, "")
+    code = f" with exit code {end.exit_code}" if end.reason == "exit_code" and end.exit_code is not None else ""
+    parts = [f"{which} at {end.site} {end.state}{code}" + (f": {why}" if why and not code else "")]
+    if end.detail:
+        parts.append(end.detail)
+    if end.last_lines:
+        lines = end.last_lines.rstrip("\n").split("\n")[-LINES_TOLD_MAX:]
+        parts.append("Its last lines:\n" + "\n".join(lines))
+    return ErrorInfo(kind=end.reason or "job", message=". ".join(part.rstrip(". ") for part in parts))
+
+
 class JobSpec(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A batch job: what runs, with what, and where it may run.
 
     ``directory`` is where it runs, on the site's own disk; None is a fresh folder of its own. ``inputs`` are put there
     under their names before it starts, and ``outputs`` are paths in it that are kept when it has ended. ``sites`` are
     the ones it may go to, all if there are none. ``container`` is an image that the executable is taken from.
-    ``launcher`` starts the processes of a job that has several; None is what the site uses.
+    ``launcher`` starts the processes of a job that has several; None is what the site uses. ``retries`` is how often it
+    is run again where it failed for a reason that may not come again, such as a node that died.
     """
 
     executable: str
@@ -161,9 +245,12 @@ class JobSpec(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     sites: list[str] = []
     container: str | None = None
     launcher: str | None = None
+    retries: int = 0
 
     def _check(self) -> None:
         _plain(self.executable, "executable")
+        if not 0 <= self.retries <= RETRIES_MAX:
+            raise BadRequest(f"retries: {self.retries} is not 0 to {RETRIES_MAX}", hint="0 means that it runs once.")
         for i, argument in enumerate(self.arguments):
             if "\0" in argument:
                 raise BadRequest(f"arguments: number {i} holds a NUL character, which no program can be given")

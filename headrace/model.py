@@ -19,6 +19,7 @@ JobState = Literal["new", "queued", "held", "active", "completed", "failed", "ca
 Verdict = Literal["on_track", "at_risk", "infeasible", "unknown"]
 Admission = Literal["always", "strict"]
 OnLate = Literal["continue", "cancel", "degrade"]
+SiteStatus = Literal["up", "down", "degraded", "unknown"]
 
 RUN_STATES: dict[RunState, str] = {
     "accepted": "In the log, synced to disk; no function has started yet.",
@@ -31,7 +32,8 @@ INVOCATION_STATES: dict[InvocationState, str] = {
     "queued": "In the log, waiting for a worker.",
     "running": "A worker's child runs it. Told once it has run for a moment; shorter ones go straight to their end.",
     "succeeded": "Its outcome and effects are committed. Final.",
-    "failed": "It could not be done, without an attempt of its own (a member of its map failed). Final.",
+    "failed": "It could not be done, without an attempt of its own (a member of its map failed), or it is a batch job "
+    "that failed, and what was to follow then follows. Final.",
     "canceled": "Its run was canceled before it ended, or had a better answer before it began. Final.",
     "dead": "Its last allowed attempt failed; `headrace dead` lists it. Final.",
 }
@@ -265,7 +267,7 @@ class InvocationView(Struct, frozen=True, kw_only=True):
 
 
 class JobView(Struct, frozen=True, kw_only=True):
-    """One batch job of a run."""
+    """One batch job of a run. ``reason`` says why it ended as it did where its state does not say all."""
 
     job_id: str
     site: str
@@ -275,6 +277,9 @@ class JobView(Struct, frozen=True, kw_only=True):
     started_at: str | None = None
     ended_at: str | None = None
     exit_code: int | None = None
+    reason: str = ""
+    parent_id: str | None = None
+    error: ErrorInfo | None = None
 
 
 class ReplayView(Struct, frozen=True, kw_only=True):
@@ -303,7 +308,7 @@ class AnswerView(Struct, frozen=True, kw_only=True):
 
 
 class RunView(Struct, frozen=True, kw_only=True):
-    """A run as ``GET /v1/runs/{id}`` shows it, with its first 1,000 invocations; ``invocations_total`` counts all.
+    """A run as ``GET /v1/runs/{id}`` shows it, with its first 1,000 invocations and batch jobs; the totals count all.
 
     ``thread`` holds the keys by which its event can be revised. Then ``superseded_by`` is the run of the next revision,
     and ``retracted_by`` the run of the event that took it back. Where functions have variants, ``fidelity`` is that of
@@ -337,6 +342,7 @@ class RunView(Struct, frozen=True, kw_only=True):
     retracted_by: str | None = None
     fidelity: Fidelity | None = None
     answers: list[AnswerView] = []
+    jobs_total: int = 0
 
 
 class Refusal(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -533,14 +539,22 @@ class HistoryPage(Struct, frozen=True, kw_only=True):
 
 
 class SiteView(Struct, frozen=True, kw_only=True):
-    """A facility or cloud that runs jobs, as ``GET /v1/sites/{name}`` shows it."""
+    """A facility or cloud that runs jobs, as ``GET /v1/sites/{name}`` shows it.
+
+    ``detail`` says why it is not up, ``since`` since when it is as it is. ``gpus`` and ``nodes`` count the ``total``
+    and the ``free`` ones, and nodes the ``unusable`` ones; ``queue`` the ``jobs`` that wait and those ``running``, with
+    how long such jobs waited (``wait_p50_s``, ``wait_p90_s``). What cannot be told is not there.
+    """
 
     name: str
     kind: str
-    status: Literal["up", "down", "degraded", "unknown"]
+    status: SiteStatus
     gpus: dict[str, int] = msgspec.field(default_factory=dict)
     queue: dict[str, float | None] = msgspec.field(default_factory=dict)
     last_seen_at: str | None = None
+    nodes: dict[str, int] = {}
+    detail: str = ""
+    since: str | None = None
 
 
 class StreamEvent(Struct, frozen=True, kw_only=True):

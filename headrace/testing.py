@@ -14,7 +14,8 @@
 Functions are called in this process, with a real ``Context`` and with payloads that were encoded and decoded as on the
 platform, so that what cannot travel fails here too. The order is always the same. Time is virtual: a delay or a retry
 takes none; nothing was learned of how long steps take, so ``ctx.budget_left()`` is all of ``ctx.time_left()``. A
-``timeout`` is not enforced, and what ``ctx.emit`` publishes is collected, not delivered.
+``timeout`` is not enforced, and what ``ctx.emit`` publishes is collected, not delivered. A batch job does not run: it
+ends as the bench is told (``Bench(..., jobs=...)``), and ``trace.jobs`` lists those that were submitted.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from headrace.clock import parse_deadline
 from headrace.context import to_payload
 from headrace.errors import BadRequest, NotFound
 from headrace.filters import takes
+from headrace.jobs import JobEnd, JobSpec
 from headrace.media import is_json
 from headrace.model import Event, Route
 from headrace.names import run_id
 from headrace.sdk import declaration, function_name
-from headrace.trace import Step, Trace
+from headrace.trace import Job, Step, Trace
 from headrace.virtual import BEGIN, VirtualRun
 from headrace.wire import NOTHING, EventMeta, Payload
 
-__all__ = ["Bench", "Step", "Trace", "fire"]
+__all__ = ["Bench", "Job", "Step", "Trace", "fire"]
 
 _TENANT = "test"
 
@@ -54,12 +56,18 @@ class Bench:
     Args:
         functions: what may be called; declared with ``@function`` or ``@on``, or plain.
         files: local files by the URI under which ``ctx.stage`` finds them.
+        jobs: how batch jobs end, by their specification: a ``JobEnd`` (what it leaves open is filled in), an exit code,
+            or None for one that has completed. Without it all complete, with exit code 0.
     """
 
     def __init__(
-        self, *functions: Callable[..., Any] | ModuleType, files: Mapping[str, str | Path] | None = None
+        self,
+        *functions: Callable[..., Any] | ModuleType,
+        files: Mapping[str, str | Path] | None = None,
+        jobs: Callable[[JobSpec], JobEnd | int | None] | None = None,
     ) -> None:
         self._functions: dict[str, Binding] = {}
+        self._jobs = jobs
         self._triggers = 0
         self._files = {uri: Path(path) for uri, path in (files or {}).items()}
         self._folder: Path | None = None
@@ -123,6 +131,16 @@ class Bench:
         self._files[uri] = self._folder / uri.removeprefix("blob:")
         self._files[uri].write_bytes(body)
         return uri
+
+    def job(self, spec: JobSpec) -> JobEnd:
+        """Return how a batch job ends here."""
+        end = None if self._jobs is None else self._jobs(spec)
+        if isinstance(end, JobEnd):
+            return end
+        code = end or 0
+        return JobEnd(
+            state="failed" if code else "completed", reason="exit_code" if code else "", exit_code=code, native_id="1"
+        )
 
     def _routes(self) -> Iterable[tuple[str, Route]]:
         for binding in self._functions.values():

@@ -17,6 +17,7 @@ from headrace.model import (
     Fidelity,
     FunctionOptions,
     InvocationState,
+    JobState,
     Quote,
     Route,
     RunState,
@@ -87,7 +88,29 @@ class Emit(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kin
     subject: str | None = None
 
 
-Effect = Call | Map | Emit
+class Submit(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="submit"):
+    """Run a batch job at a site; when it has ended, start ``then`` or, where it failed, ``on_failure``.
+
+    ``spec`` is an encoded ``JobSpec`` (JSON).
+    """
+
+    spec: Payload
+    then: str | None = None
+    on_failure: str | None = None
+
+
+class SubmitMany(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="submit_many"):
+    """Run many batch jobs and, when all have ended well, ``then`` with their ends in order.
+
+    ``on_failure`` starts for each job that fails, and what it returns stands in its place.
+    """
+
+    specs: list[Payload]
+    then: str | None = None
+    on_failure: str | None = None
+
+
+Effect = Call | Map | Emit | Submit | SubmitMany
 
 
 # ---------------------------------------------------------------- the log
@@ -247,11 +270,25 @@ class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
     trail: list[Step] = []
 
 
+class JobDone(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a batch job ended; instants in epoch seconds, None where it did not come so far."""
+
+    site: str
+    state: JobState
+    native_id: str | None = None
+    reason: str = ""
+    exit_code: int | None = None
+    submitted_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+
+
 class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How an invocation ended, once and for all. ``end`` is set if its run ends with it.
 
     ``size`` is the class of its payload's size. ``trail`` holds the steps that led to it where it may be the last of
     them: where it gives the answer, ends its run or fills a slot. ``fidelity`` is set where its function has variants.
+    Of its ``children`` so many are ``jobs``; ``job`` is set where it was one itself.
     """
 
     run_id: str
@@ -281,6 +318,8 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     due: float | None = None
     on_late: str = "continue"
     fidelity: Fidelity | None = None
+    jobs: int = 0
+    job: JobDone | None = None
 
 
 class Tally(Struct, frozen=True, kw_only=True, omit_defaults=True):

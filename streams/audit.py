@@ -1,9 +1,10 @@
 """Is every accepted run on its way, or has it ended? What the log says of one run, judged without a look anywhere else.
 
-Work that was acknowledged and has no outcome is lost: nobody will ever run it. A run of which all work is acknowledged
-and has outcomes, and which has no end, is stuck: nobody will ever end it. Acknowledged is what lies at or below the
-place up to which a lane's consumer has everything back; it must be asked for before the log is read, because
-outcomes are recorded first and acknowledged then.
+Work that was acknowledged and has no outcome is lost: nobody will ever run it. A batch job is acknowledged once its
+submission stands in the log behind it, and is on its way until its agent tells of its end. A run of which all work is
+acknowledged and has outcomes, and which has no end, is stuck: nobody will ever end it. Acknowledged is what lies at or
+below the place up to which a consumer has everything back; it must be asked for before the log is read, because
+outcomes and submissions are recorded first and acknowledged then.
 """
 
 from __future__ import annotations
@@ -16,24 +17,42 @@ from msgspec import Struct
 
 from headrace.wire import Outcome, decode
 from streams.stored import Stored
-from streams.topology import LaneOf, done_subject, end_subject, kind_of, work_subject
+from streams.topology import (
+    LaneOf,
+    done_subject,
+    end_subject,
+    job_subject,
+    kind_of,
+    submit_subject,
+    work_subject,
+)
 
+# Who reads work: a lane of a tenant, or the agent of a site (its name).
+Place = LaneOf | str
 Verdict = Literal["on_its_way", "lost", "stuck", "ended"]
 
 
 class RunFacts(Struct, kw_only=True):
-    """What the log holds of a run: its work as (invocation, lane and tenant, sequence), whose outcome is there, and
-    its end.
+    """What the log holds of a run: its work as (invocation, who reads it, sequence), whose outcome is there, and its
+    end. ``submitted`` has the last sequence at which each job was submitted, by job and site.
     """
 
-    work: list[tuple[str, LaneOf, int]] = []
+    work: list[tuple[str, Place, int]] = []
+    submitted: dict[tuple[str, str], int] = {}
     done: set[str] = set()
     ended: bool = False
 
 
 def subjects(run: str) -> list[str]:
     """Return the subjects that tell whether a run is on its way; a cancel of any kind ends it."""
-    return [work_subject("*", "*", run, "*"), done_subject(run, "*"), end_subject(run), f"hr.cancel.{run}.*"]
+    return [
+        work_subject("*", "*", run, "*"),
+        job_subject("*", "*", run, "*"),
+        submit_subject(run, "*", "*", "*"),
+        done_subject(run, "*"),
+        end_subject(run),
+        f"hr.cancel.{run}.*",
+    ]
 
 
 def read(found: Iterable[Stored]) -> RunFacts:
@@ -44,6 +63,10 @@ def read(found: Iterable[Stored]) -> RunFacts:
         match kind_of(stored.subject):
             case "work":
                 facts.work.append((tokens[5], LaneOf(int(tokens[2]), tokens[3]), stored.seq))
+            case "job":
+                facts.work.append((tokens[5], tokens[2], stored.seq))
+            case "submit":
+                facts.submitted[tokens[3], tokens[5]] = stored.seq
             case "done":
                 facts.done.add(tokens[3])
                 facts.ended = facts.ended or _ends(stored)
@@ -52,23 +75,31 @@ def read(found: Iterable[Stored]) -> RunFacts:
     return facts
 
 
-def examine(facts: RunFacts, floors: Mapping[LaneOf, int]) -> Verdict:
+def examine(facts: RunFacts, floors: Mapping[Place, int]) -> Verdict:
     """Return how a run stands that the read model takes for open.
 
     Args:
         facts: what the log holds of it, read after the floors.
-        floors: for each lane of each tenant the sequence up to which all its work is acknowledged. A lane that nobody
-            reads has none: its work waits for one who is not there any more.
+        floors: for each lane of each tenant, and each site, the sequence up to which all its work is acknowledged.
+            What nobody reads has none: its work waits for one who is not there, any more or yet.
     """
     if facts.ended:
         return "ended"
-    returned = [(identity, seq <= floors.get(lane, 0)) for identity, lane, seq in facts.work]
-    if any(is_back and identity not in facts.done for identity, is_back in returned):
+    newest = {(identity, place): seq for identity, place, seq in sorted(facts.work, key=lambda each: each[2])}
+    at_a_site = {
+        identity for (identity, place), seq in newest.items() if facts.submitted.get((identity, str(place)), 0) > seq
+    }
+    open_work = {
+        identity
+        for (identity, place), seq in newest.items()
+        if seq > floors.get(place, 0) or (identity in at_a_site and identity not in facts.done)
+    }
+    if any(identity not in facts.done and identity not in open_work for identity, _, _ in facts.work):
         return "lost"
     # A run of which the log holds nothing is lost as well: it was kept for too short a time.
-    if not returned:
+    if not facts.work:
         return "lost"
-    return "stuck" if all(is_back for _, is_back in returned) else "on_its_way"
+    return "on_its_way" if open_work else "stuck"
 
 
 def confirmed(before: Mapping[str, Verdict], now: Mapping[str, Verdict]) -> dict[str, Verdict]:

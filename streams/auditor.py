@@ -24,12 +24,12 @@ from headrace.clock import format_instant
 from headrace.errors import TooLarge, Unavailable
 from headrace.model import Audit
 from streams import audit
-from streams.audit import Verdict
+from streams.audit import Place, Verdict
 from streams.follow import follow
 from streams.ledger import AUDIT, OPEN, POSITION, TOTALS, WHOLE
 from streams.log import Log
 from streams.stored import Stored
-from streams.topology import LaneOf, consumers, lane_of
+from streams.topology import consumers, lane_of, site_of
 
 _log = logging.getLogger(__name__)
 
@@ -151,10 +151,13 @@ class Auditor:
         self._cursor = int(following[-1][1]) if len(following) == RUNS_MAX else 0
         return places
 
-    async def _floors(self) -> dict[LaneOf, int]:
-        found = await consumers(self._log.link.jetstream())
-        lanes = {lane: info.ack_floor for name, info in found.items() if (lane := lane_of(name)) is not None}
-        return {lane: 0 if floor is None else floor.stream_seq for lane, floor in lanes.items()}
+    async def _floors(self) -> dict[Place, int]:
+        floors: dict[Place, int] = {}
+        for name, info in (await consumers(self._log.link.jetstream())).items():
+            place = lane_of(name) or site_of(name)
+            if place is not None:
+                floors[place] = 0 if info.ack_floor is None else info.ack_floor.stream_seq
+        return floors
 
     async def _read_through(self, run: str, first_seq: int) -> list[Stored]:
         """Read all facts of a run that has more of them than one answer holds."""

@@ -33,6 +33,7 @@ import redis.exceptions
 from redis.asyncio import Redis
 
 from headrace.errors import Unavailable
+from headrace.joblog import Submitted
 from headrace.wire import Attempt, Replay, Started, decode, encode
 from streams.follow import follow
 from streams.log import Log
@@ -41,7 +42,18 @@ from streams.stored import Stored
 
 _log = logging.getLogger(__name__)
 
-FACTS = ["hr.work.>", "hr.done.>", "hr.end.>", "hr.start.>", "hr.try.>", "hr.cancel.>", "hr.replay.>", "hr.thread.>"]
+FACTS = [
+    "hr.work.>",
+    "hr.job.>",
+    "hr.submit.>",
+    "hr.done.>",
+    "hr.end.>",
+    "hr.start.>",
+    "hr.try.>",
+    "hr.cancel.>",
+    "hr.replay.>",
+    "hr.thread.>",
+]
 POSITION = "hr:position"
 LAYOUT = "hr:layout"
 LAYOUT_NOW = "3"
@@ -282,7 +294,9 @@ class Writer:
 
     async def _begun_before(self, facts: list[tuple[Fact, Stored]]) -> dict[tuple[str, str], InvocationRecord]:
         """Return what is known of invocations that an attempt tells of: it may be late, and not the last word."""
-        keys = list({(f.run_id, f.invocation_id): None for f, _ in facts if isinstance(f, Started | Attempt)})
+        keys = list(
+            {(f.run_id, f.invocation_id): None for f, _ in facts if isinstance(f, Started | Attempt | Submitted)}
+        )
         if not keys or not self._position:
             return {}
         raws = await self._fields([(run_key(run), "i:" + identity) for run, identity in keys])

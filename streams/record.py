@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from headrace.clock import format_instant, maybe_instant
+from headrace.joblog import JOB, Submitted
 from headrace.model import (
     FINAL,
     AnswerLinks,
@@ -21,6 +22,8 @@ from headrace.model import (
     Fidelity,
     InvocationState,
     InvocationView,
+    JobState,
+    JobView,
     Links,
     Quote,
     ReplayView,
@@ -32,6 +35,7 @@ from headrace.wire import (
     Attempt,
     Cancel,
     Invocation,
+    JobDone,
     Mark,
     Outcome,
     Replay,
@@ -64,6 +68,8 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``ctx.answer``. ``dead`` counts invocations that were given up on, ``dead_id`` is the first. ``replays`` is what it
     gives another go, and ``replayed_as`` the run that gave it another go.
 
+    ``invocations`` counts all, and ``jobs`` those among them that are batch jobs.
+
     ``fidelity`` is that of the answer, and ``answers`` holds all there were, where functions have variants; when it was
     answered, and where the time went, are told of the first. ``coarsest`` is the worst of what the answer is made of.
     """
@@ -86,6 +92,7 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     spent: TimeLedger = TimeLedger()
     error: ErrorInfo | None = None
     invocations: int = 1
+    jobs: int = 0
     dead: int = 0
     dead_id: str | None = None
     replays: Replayed | None = None
@@ -126,8 +133,21 @@ class RunRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return False if self.ended else None
 
 
+class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of an invocation that is a batch job beside what is known of any; instants in epoch seconds."""
+
+    site: str
+    state: JobState = "new"
+    native_id: str | None = None
+    submitted_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+
+
 class InvocationRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is known of an invocation; instants in epoch seconds."""
+    """What is known of an invocation; instants in epoch seconds. ``job`` is set where it is a batch job."""
 
     invocation_id: str
     function: str
@@ -141,11 +161,14 @@ class InvocationRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ended_at: float | None = None
     worker: str | None = None
     error: ErrorInfo | None = None
+    job: JobRecord | None = None
 
 
-Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel | Replay
+Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel | Replay | Submitted
 _KINDS: dict[str, type[Fact]] = {
     "work": Invocation,
+    "job": Invocation,
+    "submit": Submitted,
     "done": Outcome,
     "end": RunEnd,
     "start": Started,
@@ -224,7 +247,13 @@ def _begin(first: Invocation, stored: Stored) -> RunRecord:
 
 
 def _outcome(record: RunRecord, done: Outcome, stored: Stored) -> RunRecord:
-    record = structs.replace(record, state="running", seq=stored.seq, invocations=record.invocations + done.children)
+    record = structs.replace(
+        record,
+        state="running",
+        seq=stored.seq,
+        invocations=record.invocations + done.children,
+        jobs=record.jobs + done.jobs,
+    )
     if done.answer is not None:
         spent = _with_commit(done.spent, done.ended_at, stored.at)
         answer = (done.invocation_id, done.fidelity, stored.at)
@@ -299,6 +328,10 @@ def _with_commit(spent: TimeLedger, ended_at: float, stored_at: float) -> TimeLe
 def apply_invocation(known: InvocationRecord | None, fact: Fact, stored: Stored) -> InvocationRecord | None:
     """Return the invocation after one more fact of it; an outcome tells all by itself."""
     match fact:
+        case Submitted():
+            return _submitted(known, fact, stored)
+        case Invocation(function=function) if function == JOB:
+            return _waiting(known, fact, stored)
         case Invocation():
             return known or InvocationRecord(
                 invocation_id=fact.invocation_id,
@@ -323,6 +356,7 @@ def apply_invocation(known: InvocationRecord | None, fact: Fact, stored: Stored)
                 worker=fact.worker,
                 error=fact.error,
                 seq=stored.seq,
+                job=None if fact.job is None else _ended_job(fact.job),
             )
         case Started() | Attempt():
             if known is not None and known.state in FINAL:
@@ -340,9 +374,56 @@ def apply_invocation(known: InvocationRecord | None, fact: Fact, stored: Stored)
                 worker=fact.worker,
                 error=fact.error if isinstance(fact, Attempt) else None,
                 seq=stored.seq,
+                job=None if known is None or known.job is None else _moved_on(known.job, fact),
             )
         case _:
             return known
+
+
+def _waiting(known: InvocationRecord | None, job: Invocation, stored: Stored) -> InvocationRecord:
+    """Return a job that waits for its site; one that waits again stands in the log behind its first submission."""
+    if known is not None:
+        return structs.replace(known, parent_id=job.parent_id, queued_at=known.queued_at or stored.at)
+    return InvocationRecord(
+        invocation_id=job.invocation_id,
+        parent_id=job.parent_id,
+        function=job.function,
+        version=job.version,
+        state="queued",
+        queued_at=stored.at,
+        seq=stored.seq,
+        job=JobRecord(site=stored.subject.split(".")[2]),
+    )
+
+
+def _submitted(known: InvocationRecord | None, fact: Submitted, stored: Stored) -> InvocationRecord:
+    if known is not None and known.state in FINAL:
+        return known
+    job = JobRecord(site=fact.site, state="queued", native_id=fact.native_id, submitted_at=fact.at)
+    before = known or InvocationRecord(
+        invocation_id=fact.invocation_id, function=JOB, version="", state="queued", seq=stored.seq
+    )
+    return structs.replace(before, state="queued", attempts=fact.attempt, worker=fact.agent, seq=stored.seq, job=job)
+
+
+def _moved_on(job: JobRecord, fact: Started | Attempt) -> JobRecord:
+    """Return a job that began to run, or whose attempt failed and which waits for the next one."""
+    if isinstance(fact, Attempt):
+        return JobRecord(site=job.site, reason=fact.error.kind)
+    return structs.replace(job, state="active", started_at=fact.started_at)
+
+
+def _ended_job(done: JobDone) -> JobRecord:
+    return JobRecord(
+        site=done.site,
+        state=done.state,
+        native_id=done.native_id,
+        submitted_at=done.submitted_at,
+        started_at=done.started_at,
+        ended_at=done.ended_at,
+        exit_code=done.exit_code,
+        reason=done.reason,
+    )
 
 
 def fold_run(facts: Iterable[Stored]) -> tuple[RunRecord, list[InvocationRecord]] | None:
@@ -363,8 +444,10 @@ def fold_run(facts: Iterable[Stored]) -> tuple[RunRecord, list[InvocationRecord]
 
 
 def view(record: RunRecord, invocations: Iterable[InvocationRecord]) -> RunView:
-    """Return a run as the outside sees it, with its first 1,000 invocations in the order they were queued."""
-    shown = sorted(invocations, key=lambda i: (i.queued_at or 0.0, i.seq))[:INVOCATIONS_SHOWN_MAX]
+    """Return a run as the outside sees it, with its first 1,000 invocations and jobs in the order they were queued."""
+    ordered = sorted(invocations, key=lambda i: (i.queued_at or 0.0, i.seq))
+    shown = [i for i in ordered if i.job is None][:INVOCATIONS_SHOWN_MAX]
+    jobs = [(i, i.job) for i in ordered if i.job is not None][:INVOCATIONS_SHOWN_MAX]
     answered = record.answered_at
     return RunView(
         run_id=record.run_id,
@@ -382,8 +465,9 @@ def view(record: RunRecord, invocations: Iterable[InvocationRecord]) -> RunView:
         time_ledger=record.spent,
         quote=record.quote or Quote(),
         invocations=[_shown(i, record) for i in shown],
-        invocations_total=record.invocations,
-        jobs=[],
+        invocations_total=record.invocations - record.jobs,
+        jobs=[_shown_job(i, job, record) for i, job in jobs],
+        jobs_total=record.jobs,
         error=record.error,
         links=Links(
             self=f"/v1/runs/{record.run_id}",
@@ -422,6 +506,24 @@ def _answer_view(record: RunRecord, position: int) -> AnswerView:
 def answer_url(run_id: str, one: Answered) -> str:
     """Return where one of several answers of a run is read, whatever comes later."""
     return f"/v1/runs/{run_id}/result?level={one.fidelity.level}"
+
+
+def _shown_job(one: InvocationRecord, job: JobRecord, record: RunRecord) -> JobView:
+    # A site that has a job still may take a moment to end it; nobody needs it any more.
+    needless = record.state in ("canceled", "succeeded") and one.state not in FINAL
+    return JobView(
+        job_id=one.invocation_id,
+        site=job.site,
+        native_id=job.native_id,
+        state="canceled" if needless else job.state,
+        submitted_at=maybe_instant(job.submitted_at),
+        started_at=maybe_instant(job.started_at),
+        ended_at=maybe_instant(job.ended_at),
+        exit_code=job.exit_code,
+        reason=job.reason,
+        parent_id=one.parent_id,
+        error=one.error,
+    )
 
 
 def _shown(one: InvocationRecord, record: RunRecord) -> InvocationView:

@@ -1,4 +1,4 @@
-"""Small tables that every process holds a fresh copy of: functions, their versions, routes, tenants, and forecasts."""
+"""Small tables of which every process holds a fresh copy: functions and versions, routes, tenants, forecasts, sites."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nats.js.errors import KeyDeletedError, KeyNotFoundError
 from nats.js.kv import KeyValue
 
 from headrace.errors import Unavailable
+from headrace.joblog import SiteRecord
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord, decode, encode
 from streams.link import Link
 from streams.topology import DEFAULT_TENANT
@@ -162,6 +163,7 @@ class Tables:
         self.routes = Table(link, "routes", RouteRecord)
         self.tenants = Table(link, "tenants", TenantRecord)
         self.forecasts = Table(link, "forecasts", ForecastRow)
+        self.sites = Table(link, "sites", SiteRecord)
 
     async def open(self) -> None:
         """Fill the copies of all of them, and keep them fresh from now on."""
@@ -172,7 +174,7 @@ class Tables:
         await asyncio.gather(*(table.close() for table in self._all()))
 
     def _all(self) -> tuple[Table[Any], ...]:
-        return (self.functions, self.versions, self.routes, self.tenants, self.forecasts)
+        return (self.functions, self.versions, self.routes, self.tenants, self.forecasts, self.sites)
 
     def function(self, tenant: str, name: str) -> FunctionRecord | None:
         """Return the current version of a tenant's function."""

@@ -1,6 +1,7 @@
 """Where everything lives in the log: subjects, lanes and limits, and the one function that creates them.
 
     hr.work.<lane>.<tenant>.<run>.<invocation>   Invocation: work that waits; the first of a run is its acceptance
+    hr.job.<site>.<tenant>.<run>.<job>           Invocation: a batch job, which is work for the agent of one site
     hr.done.<run>.<invocation>                   Outcome: one per invocation, for ever
     hr.end.<run>                                 RunEnd: of runs with branches, where no single outcome ends them
     hr.tally.<run>.<scope>                       Tally: branches of a scope that were filled
@@ -8,13 +9,16 @@
     hr.start.<run>.<invocation>.<attempt>        Started: an attempt that takes longer than a moment
     hr.try.<run>.<invocation>.<attempt>          Attempt: failed, to be tried again
     hr.note.<run>.<invocation>.<attempt>         Note: log lines and progress
+    hr.submit.<run>.<job>.<attempt>.<site>       Submitted: the batch system of the site has the job
+    hr.report.<run>.<job>.<site>                 Report: what the job's wrapper says of its start, progress and end
     hr.cancel.<run>.<who>                        Cancel: by a user, or by the run of a later event of the same thread
     hr.thread.<thread>.<run>                     Member: the event of a run belongs to a thread of revisions
     hr.newest.<key>                              Newest: the last accepted run of those of which only one counts
     hr.replay.<run>                              Replay: a failed run was given another go by a new one
 
 Lane and tenant stand in the subject of work: one consumer for each pair of them reads it without looking at the rest,
-so that a worker can take of every tenant, however much another one has waiting.
+so that a worker can take of every tenant, however much another one has waiting. A job is an invocation whose body runs
+at a site; a consumer for each site hands its jobs to the site's agent.
 
 Leases and the outcome of an invocation are one family, ``hr.*.<run>.<invocation>``: who appends to it says which
 message of it was the last one known to him, so of all attempts only the holder of the newest lease can commit.
@@ -27,6 +31,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import nats.errors
 from msgspec import Struct
 from nats.js.api import (
     AckPolicy,
@@ -43,6 +48,7 @@ from nats.js.client import JetStreamContext
 from nats.js.errors import NoKeysError, NotFoundError
 from nats.js.kv import KeyValue
 
+from headrace.errors import Unavailable
 from streams.link import Link
 
 STREAM = "HEADRACE"
@@ -52,7 +58,7 @@ INLINE_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 16 * 1024 * 1024
 ACK_WAIT_S = 6.0
 ACK_PENDING_MAX = 100_000
-BUCKETS = ("functions", "versions", "routes", "tenants", "forecasts")
+BUCKETS = ("functions", "versions", "routes", "tenants", "forecasts", "sites")
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -66,6 +72,21 @@ class Limits(Struct, frozen=True, kw_only=True):
 def work_subject(lane: int | str, tenant: str, run: str, invocation: str) -> str:
     """Return the subject of a waiting invocation; ``"*"`` as lane means any."""
     return f"hr.work.{lane}.{tenant}.{run}.{invocation}"
+
+
+def job_subject(site: str, tenant: str, run: str, job: str) -> str:
+    """Return the subject of a job that is for a site; ``"*"`` as site means any."""
+    return f"hr.job.{site}.{tenant}.{run}.{job}"
+
+
+def submit_subject(run: str, job: str, attempt: int | str, site: str) -> str:
+    """Return the subject that says the batch system of a site has a job."""
+    return f"hr.submit.{run}.{job}.{attempt}.{site}"
+
+
+def report_subject(run: str, job: str, site: str) -> str:
+    """Return the subject of what the wrapper of a job says."""
+    return f"hr.report.{run}.{job}.{site}"
 
 
 def done_subject(run: str, invocation: str) -> str:
@@ -132,6 +153,8 @@ def run_subjects(run: str) -> list[str]:
     """Return the subjects that together hold the state of one run, without what its functions said."""
     return [
         work_subject("*", "*", run, "*"),
+        job_subject("*", "*", run, "*"),
+        submit_subject(run, "*", "*", "*"),
         done_subject(run, "*"),
         start_subject(run, "*", "*"),
         attempt_subject(run, "*", "*"),
@@ -147,7 +170,7 @@ def kind_of(subject: str) -> str:
 
 
 def run_of(subject: str) -> str:
-    """Return the run of a subject of any kind but work."""
+    """Return the run of a subject of any kind but work and job."""
     return subject.split(".", 3)[2]
 
 
@@ -168,6 +191,17 @@ def lane_of(consumer: str) -> LaneOf | None:
     kind, _, rest = consumer.partition("-")
     lane, _, tenant = rest.partition("-")
     return LaneOf(int(lane), tenant) if kind == "work" and tenant and lane.isdecimal() else None
+
+
+def site_consumer(site: str) -> str:
+    """Return the name of the consumer that hands the jobs of a site to its agent."""
+    return f"jobs-{site}"
+
+
+def site_of(consumer: str) -> str | None:
+    """Return the site whose jobs a consumer reads; None for any other consumer."""
+    kind, _, site = consumer.partition("-")
+    return site if kind == "jobs" and site else None
 
 
 def _stream(limits: Limits, replicas: int) -> StreamConfig:
@@ -205,6 +239,33 @@ def lane_config(lane: int, tenant: str, start: int = 1) -> ConsumerConfig:
         max_ack_pending=ACK_PENDING_MAX,
         max_waiting=4096,
     )
+
+
+def site_config(site: str) -> ConsumerConfig:
+    """Return what the consumer of a site's jobs is to be. It begins at the beginning: jobs may wait for their site."""
+    return ConsumerConfig(
+        name=site_consumer(site),
+        durable_name=site_consumer(site),
+        filter_subject=job_subject(site, "*", "*", "*"),
+        deliver_policy=DeliverPolicy.ALL,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=ACK_WAIT_S,
+        max_deliver=-1,
+        max_ack_pending=ACK_PENDING_MAX,
+        max_waiting=4096,
+    )
+
+
+async def ensure_site(link: Link, site: str) -> None:
+    """Make the consumer of a site's jobs; an agent does so when it starts. Safe to repeat: it keeps its place.
+
+    Raises:
+        Unavailable: the log does not answer.
+    """
+    try:
+        await link.jetstream().add_consumer(STREAM, site_config(site))
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        raise Unavailable("the log does not answer", hint="Is it running, and is it full?") from error
 
 
 async def ensure(link: Link, limits: Limits, replicas: int = 1) -> None:

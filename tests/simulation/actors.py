@@ -199,6 +199,7 @@ class Tables:
         self.routes = _Routes()
         self.tenants = _Tenants()
         self.forecasts = _Forecasts()
+        self.sites: Any = _Empty()
 
     @property
     def names(self) -> list[str]:

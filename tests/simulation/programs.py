@@ -14,9 +14,23 @@ from msgspec import Struct
 
 from headrace import wire
 from headrace.errors import ChildLost, FunctionError, TimeLimit, UserError
+from headrace.jobs import JobEnd, JobSpec
 from headrace.model import EventFilter, FunctionOptions, Route
 from headrace.names import invocation_id, run_id
-from headrace.wire import Call, Effect, Emit, ForecastRow, FunctionRecord, Invoke, Map, Payload, Returned, RouteRecord
+from headrace.wire import (
+    Call,
+    Effect,
+    Emit,
+    ForecastRow,
+    FunctionRecord,
+    Invoke,
+    Map,
+    Payload,
+    Returned,
+    RouteRecord,
+    Submit,
+    SubmitMany,
+)
 from streams.tables import row_key
 
 TENANT, GUEST = "default", "guest"
@@ -24,11 +38,16 @@ RETRIES = 3
 DEPTH_MAX = 3
 EMITTED = "sim.more"
 WORK, JOIN = "work", "join"
+COLLECT, TOTAL = "collect", "total"  # what follows one batch job, and many
+SITE = "lab"
 FULL, HALF, QUICK = "full", "half", "quick"
 
 
 class Step(Struct, omit_defaults=True):
-    """What one effect of a program is: ``call`` one, ``map`` many and perhaps join them, or ``emit`` an event."""
+    """What one effect of a program is: ``call`` one, ``map`` many and perhaps join them, or ``emit`` an event.
+
+    Or ``submit`` one batch job, or ``submit_many``; ``join`` says then that somebody takes care of those that fail.
+    """
 
     kind: str
     programs: list[Program]
@@ -51,16 +70,16 @@ class Program(Struct, omit_defaults=True):
     variants: list[Program] = []
 
 
-_read = msgspec.json.Decoder(Program).decode
+read = msgspec.json.Decoder(Program).decode
 _write = msgspec.json.Encoder().encode
 
 
 def functions() -> dict[str, FunctionRecord]:
-    """Return the two functions as they are registered."""
+    """Return the functions as they are registered."""
     options = FunctionOptions(timeout="30s", retries=RETRIES)
     return {
         name: FunctionRecord(name=name, version=f"{name}-1", options=options, code_blob=name, registered_at=0.0)
-        for name in (WORK, JOIN)
+        for name in (WORK, JOIN, COLLECT, TOTAL)
     }
 
 
@@ -152,12 +171,14 @@ def payload(program: Program) -> Payload:
 
 
 def _program(function: str, body: bytes) -> Program:
-    program = _read(body)
+    program = read(body)
     return program.variants[(HALF, QUICK).index(function)] if function in (HALF, QUICK) else program
 
 
 def fails(function: str, body: bytes, attempt: int) -> tuple[float, FunctionError | None]:
     """Return how long an attempt takes, in seconds, and how it fails, if it does."""
+    if function in (COLLECT, TOTAL):
+        return 0.001, None
     if function == JOIN:
         total = sum(msgspec.json.decode(body))
         return 0.001 * (total % 7), UserError("not yet") if total % 5 == 0 and attempt == 1 else None
@@ -176,6 +197,10 @@ def fails(function: str, body: bytes, attempt: int) -> tuple[float, FunctionErro
 
 def returns(function: str, body: bytes) -> Returned:
     """Return what a successful attempt returns."""
+    if function == COLLECT:
+        return Returned(result=_value(_code(msgspec.json.decode(body))))
+    if function == TOTAL:
+        return Returned(result=_value(sum(_code(each) for each in msgspec.json.decode(body))))
     if function == JOIN:
         values: list[int] = msgspec.json.decode(body)
         effects: list[Effect] = []
@@ -190,7 +215,23 @@ def returns(function: str, body: bytes) -> Returned:
     )
 
 
+def _code(end: Any) -> int:
+    """Return the exit code of a job's end, or what was made of it."""
+    return end if isinstance(end, int) else msgspec.convert(end, JobEnd).exit_code or 0
+
+
+def _spec(job: Program) -> Payload:
+    spec = JobSpec(executable="job", arguments=[_write(job).decode()], sites=[SITE], retries=RETRIES)
+    body = msgspec.json.encode(spec)
+    return Payload(body=body, size=len(body))
+
+
 def _effect(step: Step) -> Effect:
+    care = COLLECT if step.join else None
+    if step.kind == "submit":
+        return Submit(spec=_spec(step.programs[0]), then=COLLECT, on_failure=care)
+    if step.kind == "submit_many":
+        return SubmitMany(specs=[_spec(job) for job in step.programs], then=TOTAL, on_failure=care)
     if step.kind == "call":
         return Call(function=WORK, payload=payload(step.programs[0]), delay_s=step.delay_s)
     if step.kind == "map":
@@ -252,6 +293,10 @@ def _expect(into: Expected, identity: str, program: Program) -> Any:
     for position, step in enumerate(program.steps):
         if step.kind == "emit":
             run.emits[f"{identity}-{position}"] = step.programs[0]
+        elif step.kind == "submit":
+            values.append(_expect_job(into, invocation_id(identity, position), step.programs[0], step, follow=True))
+        elif step.kind == "submit_many":
+            values.append(_expect_jobs(into, identity, position, step))
         elif step.kind == "call":
             values.append(_expect(into, invocation_id(identity, position), step.programs[0]))
         elif step.programs:
@@ -263,6 +308,32 @@ def _expect(into: Expected, identity: str, program: Program) -> Any:
     if any(v is _FAILED for v in values):
         return _FAILED
     return values[0] if len(values) == 1 else _EITHER
+
+
+def _expect_job(into: Expected, identity: str, job: Program, step: Step, *, follow: bool) -> Any:
+    """Add a job and what follows it; ``follow`` says that something does also where it completes."""
+    into.invocations.add(identity)
+    if job.how == "permanent":
+        if not step.join:
+            return _FAILED
+        into.invocations.add(invocation_id(identity, "failure"))
+    elif follow:
+        into.invocations.add(invocation_id(identity, "then"))
+    return job.value
+
+
+def _expect_jobs(into: Expected, identity: str, position: int, step: Step) -> Any:
+    scope = invocation_id(identity, f"map-{position}")
+    if not step.programs:
+        into.invocations.add(invocation_id(identity, position))
+        return 0
+    results = [
+        _expect_job(into, invocation_id(scope, i), job, step, follow=False) for i, job in enumerate(step.programs)
+    ]
+    if any(result is _FAILED for result in results):
+        return _FAILED
+    into.invocations.add(invocation_id(scope, "then"))
+    return sum(results)
 
 
 def _expect_map(into: Expected, identity: str, position: int, step: Step) -> Any:

@@ -15,7 +15,7 @@ from headrace.wire import encode
 from streams import topology
 from streams.ledger import FACTS, POSITION
 from streams.stored import Stored
-from tests.simulation import check, ladders, programs
+from tests.simulation import campaigns, check, ladders, programs
 from tests.simulation.actors import Actor, Effect, GatewayActor, LedgerActor, Tables, WorkerActor, worker_of
 from tests.simulation.client import Network
 from tests.simulation.faults import Nemesis
@@ -30,6 +30,7 @@ FAULTS_S = 4.0
 CALM_S_MAX = 600.0
 BURST_S = 0.05
 LOOK_S = 0.25
+JOBS_SHARE = 0.2
 ANSWER_S = 8.0
 RETRY_S = 0.4
 
@@ -105,10 +106,24 @@ class World:
         # In some worlds cameras send frames quicker than they can be looked at, of which only the newest counts.
         self._frames = self.chance(0.25)
         self._ladders = self.chance(0.25)
+        # And in some, functions submit batch jobs. Drawn apart, so that the others are what they were without.
+        self._jobs_rng = random.Random(seed * 7919 + 5)
+        self.batch: campaigns.SimBatch | None = None
+        if self._jobs_rng.random() < JOBS_SHARE:
+            self._add_site()
+        self.calm_at = 0.0
         self._burst_s = FAULTS_S * 0.6 * self._rng.random()
         self.triggers = [self._draw_trigger(n) for n in range(self._rng.randrange(1, 9 if self._frames else 5))]
         self.nemesis = Nemesis(self, random.Random(draw.random()))
         self._faults = options.faults
+
+    def _add_site(self) -> None:
+        rng = self._jobs_rng
+        self.batch = campaigns.SimBatch(self, random.Random(rng.random()))
+        self.tables.sites = campaigns.Sites()
+        agents = [campaigns.AgentActor(self, f"a{n}") for n in range(1 if rng.random() < 0.8 else 2)]
+        self.actors += agents
+        self.by_name |= {agent.name: agent for agent in agents}
 
     def chance(self, share: float) -> bool:
         """Draw."""
@@ -132,6 +147,8 @@ class World:
             return self._drawn(number, "ladder", ladders.draw(self._rng))
         route = "late" if self.chance(0.1) else "newest" if self._frames and self.chance(0.8) else "main"
         made = self._drawn(number, route, programs.draw(self._rng))
+        if self.batch is not None and self._jobs_rng.random() < 0.7:
+            made.program = campaigns.draw(self._jobs_rng)
         if route == "newest":
             made.subject = self._rng.choice(("cam", "cam", "eye", None))
         return made
@@ -236,6 +253,7 @@ class World:
         self.loop.limit_s = FAULTS_S + CALM_S_MAX
         await asyncio.sleep(FAULTS_S if self._faults else 0.1)
         self.note("calm")
+        self.calm_at = self.server.now
         self.nemesis.stop()
         while not self.quiet():
             await asyncio.sleep(LOOK_S)
@@ -244,10 +262,17 @@ class World:
         """Say whether there is nothing left to do."""
         if not (self.server.ready and all(t.done for t in self.triggers) and all(a.well for a in self.actors)):
             return False
-        if self.server.undone():
+        if self.server.undone() or (self.batch is not None and not self.batch.quiet):
+            return False
+        if self.batch is not None and self._open_jobs():
             return False
         newest = max((found.seq for facts in FACTS if (found := self.server.last(facts)) is not None), default=0)
         return int(self.redis.data.get(POSITION.encode(), b"0")) >= newest and b"hr:whole" in self.redis.data
+
+    def _open_jobs(self) -> bool:
+        """Say whether a run with a batch job goes on: the work of a job is acknowledged long before its end."""
+        facts = check.Facts(self.server.log)
+        return any(not facts.records[several[0][1].run_id][0].ended for several in facts.jobs.values())
 
 
 _CODE = encode(Code(kind="source", name="work", module="work", files={"work.py": "..."}))
@@ -266,8 +291,9 @@ def simulate(seed: int, options: Options | None = None) -> Verdict:
     digest = hashlib.sha256()
     for line in trace:
         digest.update(line.encode())
+    folder = b"" if world.batch is None else str(world.batch.folder).encode()
     for kept in world.server.log:
-        digest.update(kept.subject.encode() + kept.body)
+        digest.update(kept.subject.encode() + (kept.body.replace(folder, b"") if folder else kept.body))
     verdict = Verdict(
         seed=seed,
         wrong=wrong,
@@ -279,6 +305,8 @@ def simulate(seed: int, options: Options | None = None) -> Verdict:
         trace=trace,
     )
     world.loop.take_apart(world.processes)
+    if world.batch is not None:
+        world.batch.close()
     return verdict
 
 
