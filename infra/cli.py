@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
@@ -40,6 +41,10 @@ app = App(
 Port = Annotated[int | None, Parameter(help="Port of the gateway; 0 takes a free one. Default: 8080.")]
 Data = Annotated[Path | None, Parameter(help="Folder for everything that is kept. Default: ./.headrace.")]
 Workers = Annotated[int | None, Parameter(help="Functions that run at a time. Default: one per core.")]
+
+
+Pilot = Annotated[bool, Parameter(negative="", help="It runs in an allocation, whose end Slurm is asked for.")]
+Until = Annotated[str | None, Parameter(help='When that ends: an RFC 3339 instant, or "55m" from now.')]
 
 
 def main() -> NoReturn:
@@ -80,13 +85,17 @@ def up(*, port: Port = None, data: Data = None, workers: Workers = None) -> None
 
 @app.command
 def demo(
-    *, stay: Annotated[bool, Parameter(negative="", help="Leave the platform up until Ctrl-C.")] = False, port: Port = 0
+    *,
+    stay: Annotated[bool, Parameter(negative="", help="Leave the platform up until Ctrl-C.")] = False,
+    slurm: Annotated[bool, Parameter(negative="", help="Simulations in the queue of a Slurm of its own.")] = False,
+    port: Port = 0,
 ) -> int:
     """Show the whole way on a platform of its own: real triggers in, the right answers out, before their deadlines.
 
     The exit code is 0 only if every answer was right and on time. Nothing is kept.
     """
     from infra import demo as demos
+    from infra import demo_slurm
     from infra import up as platforms
 
     right: bool | None = None
@@ -95,7 +104,10 @@ def demo(
 
         async def serve(platform: platforms.Platform) -> None:
             nonlocal right
-            right = await demos.demo(platform.url, platform.token)
+            if slurm:
+                right = await demo_slurm.demo_slurm(platform, Path(folder) / "lab")
+            else:
+                right = await demos.demo(platform.url, platform.token)
             if stay:
                 print(_welcome(platform.url, platform.token, settings), flush=True)
                 await asyncio.Event().wait()
@@ -135,11 +147,16 @@ def gateway(*, port: Port = None, data: Data = None) -> None:
 
 
 @app.command
-def worker(*, data: Data = None, workers: Workers = None) -> None:
-    """Run one worker, configured by file and environment."""
+def worker(*, data: Data = None, workers: Workers = None, pilot: Pilot = False, until: Until = None) -> None:
+    """Run one worker, configured by file and environment.
+
+    With --pilot it runs in an allocation of a batch system: it begins only what is over before that ends, drains, and
+    leaves the rest to others.
+    """
     from infra import services
 
-    services.run(rights.WORKER, load(os.environ, data_dir=data, worker_slots=workers))
+    ends_at = _ends_at(pilot=pilot, until=until)
+    services.run(rights.WORKER, load(os.environ, data_dir=data, worker_slots=workers, ends_at=ends_at))
 
 
 @app.command
@@ -148,6 +165,37 @@ def ledger(*, data: Data = None) -> None:
     from infra import services
 
     services.run(rights.LEDGER, load(os.environ, data_dir=data))
+
+
+@app.command
+def agent(
+    *,
+    site: Annotated[str | None, Parameter(help="Name of the site, as in the file.")] = None,
+    config: Annotated[Path | None, Parameter(help="TOML file that describes the site.")] = None,
+    data: Data = None,
+    pilot: Pilot = False,
+    until: Until = None,
+) -> None:
+    """Run the agent of one site: it submits the site's jobs to its batch system, and tells how they end.
+
+    It connects out to the log's servers (HEADRACE_NATS_URL) and takes no connections. Without a file, the site is this
+    machine. Jobs go on when it stops; the next one attaches to them. With --pilot the site is an allocation of a batch
+    system, which gets only jobs that are over before it ends.
+    """
+    from infra import services
+    from infra import site as sites
+
+    ends_at = _ends_at(pilot=pilot, until=until)
+    settings = load(os.environ, data_dir=data, site=site, site_config=config, ends_at=ends_at)
+    sites.site_of(settings)  # what is wrong with it is told here and not in a log
+    services.run(rights.AGENT, settings)
+
+
+def _ends_at(*, pilot: bool, until: str | None) -> float | None:
+    """Return the epoch second at which the allocation ends that this process runs in; None where it is in none."""
+    from infra import allocation
+
+    return allocation.ends_at(until, os.environ, time.time()) if pilot or until is not None else None
 
 
 @app.command

@@ -1,6 +1,6 @@
-"""Gateway, worker and ledger, wired: each opens what it needs, serves until SIGTERM, and closes it in turn.
+"""Gateway, worker, ledger and agent, wired: each opens what it needs, serves until SIGTERM, and closes it in turn.
 
-Each imports what it is made of when it is started, and nothing of the others: the three start at the same time on a
+Each imports what it is made of when it is started, and nothing of the others: they start at the same time on a
 machine that may have two cores, and what a process has not imported cannot be reached in it.
 """
 
@@ -14,10 +14,11 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from nats.js.errors import NotFoundError, ServiceUnavailableError
@@ -30,7 +31,7 @@ from infra.stores import Stores
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log
-from streams.tables import Tables, open_tables
+from streams.tables import Table, Tables, open_tables
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -45,11 +46,13 @@ SETUP_S = 30.0
 SETUP_STEP_S = 0.2
 CLOSE_S = 5.0
 OUTCOMES_LINGER_S = 0.008
+AGENT_THREADS_MAX = 32
 # A process has thousands of invocations in hand at once, and the collector would go through them every few hundred new
 # objects: a fifth of a worker's time, measured. Nearly all of it is freed by counting references anyway.
 GC_THRESHOLD = (20_000, 20, 20)
 
 Ready = Callable[[], None]
+T = TypeVar("T")
 
 
 def release() -> str:
@@ -96,13 +99,35 @@ async def tables_on(link: Link) -> AsyncIterator[Tables]:
     try:
         tables = await open_tables(link)
     except NotFoundError as error:
-        raise Unavailable(
-            "the log is not set up: its tables are missing", hint="Run `headrace setup` once, as the user admin."
-        ) from error
+        raise _not_set_up() from error
     try:
         yield tables
     finally:
         await tables.close()
+
+
+@asynccontextmanager
+async def table_on(link: Link, bucket: str, kind: type[T]) -> AsyncIterator[Table[T]]:
+    """Lend one of the tables at the other end of a connection, to a process that needs no others.
+
+    Raises:
+        Unavailable: it was never made.
+    """
+    table = Table(link, bucket, kind)
+    try:
+        await table.open()
+    except NotFoundError as error:
+        raise _not_set_up() from error
+    try:
+        yield table
+    finally:
+        await table.close()
+
+
+def _not_set_up() -> Unavailable:
+    return Unavailable(
+        "the log is not set up: its tables are missing", hint="Run `headrace setup` once, as the user admin."
+    )
 
 
 @asynccontextmanager
@@ -182,6 +207,7 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
                 backlog_max=settings.backlog_max,
             ),
             lanes=Lanes(link),
+            public_url=settings.public_url,
         )
         runner = Runner(app, shutdown_timeout=settings.drain_s)
         await runner.setup()
@@ -241,9 +267,18 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             work_age_max_s=settings.work_age_s(),
             chain_depth_max=settings.chain_depth_max,
             run_invocations_max=settings.run_invocations_max,
+            ends_at=settings.ends_at,
         )
         ready()
+        stop_in_time(settings, stop)
         await Worker(tools).run(stop, settings.drain_s)
+
+
+def stop_in_time(settings: Settings, stop: asyncio.Event) -> None:
+    """Have what runs in an allocation drain before that ends."""
+    if settings.ends_at is not None:
+        left_s = settings.ends_at - settings.drain_s - time.time()
+        asyncio.get_running_loop().call_later(max(0.0, left_s), stop.set)
 
 
 def worker_name() -> str:
@@ -283,10 +318,45 @@ async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             await asyncio.gather(writing, telling, auditing, stopping, return_exceptions=True)
 
 
+async def agent(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
+    """Submit the jobs of one site, watch them and commit how they end, until ``stop`` is set; what runs goes on."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from headrace.joblog import SiteRecord
+    from headrace.wire import ForecastRow
+    from infra.site import site_of
+    from workers.agent import Agent, Tools
+    from workers.push import Push
+    from workers.sites.lazy import LazySite
+
+    site = site_of(settings)
+    # The commands of the batch system and transfers block in threads; none shall wait for the other.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(AGENT_THREADS_MAX, "agent"))
+    stores = Stores(settings)
+    async with AsyncExitStack() as stack:
+        link = await stack.enter_async_context(link_to(settings, rights.AGENT))
+        tools = Tools(
+            host=worker_name(),
+            site=site,
+            system=LazySite(site),
+            log=await stack.enter_async_context(log_on(link, settings)),
+            forecasts=await stack.enter_async_context(table_on(link, "forecasts", ForecastRow)),
+            sites=await stack.enter_async_context(table_on(link, "sites", SiteRecord)),
+            blobs=stores.blobs,
+            stager=stores.stager(),
+            push=Push(settings.public_url),
+            work_age_max_s=settings.work_age_s(),
+            ends_at=settings.ends_at,
+        )
+        stop_in_time(settings, stop)
+        await Agent(tools).run(stop, settings.drain_s, ready)
+
+
 ROLES: Mapping[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]] = {
     rights.GATEWAY: gateway,
     rights.WORKER: worker,
     rights.LEDGER: ledger,
+    rights.AGENT: agent,
 }
 
 

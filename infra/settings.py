@@ -23,7 +23,13 @@ from infra.credentials import read_secret
 
 PREFIX = "HEADRACE_"
 CONFIG = "HEADRACE_CONFIG"
-OPTIONS = {"port": "--port", "data_dir": "--data", "worker_slots": "--workers"}
+OPTIONS = {
+    "port": "--port",
+    "data_dir": "--data",
+    "worker_slots": "--workers",
+    "site": "--site",
+    "site_config": "--config",
+}
 FOR_CLIENTS = frozenset({"HEADRACE_URL", "HEADRACE_TOKEN"})
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -61,6 +67,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = Path(".headrace")
     host: Annotated[str, Meta(description="Address the gateway listens on.")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port the gateway listens on; 0 takes a free one.")] = 8080
+    public_url: Annotated[
+        str,
+        Meta(
+            description="Where callers and the jobs of sites reach the gateway, if that is not HOST and PORT. Without "
+            "it jobs on other machines report nothing, and their ends are found by asking the batch system."
+        ),
+    ] = ""
     token_file: Annotated[
         Path | None,
         Meta(description="File with the bearer token that callers need (mode 0600). Default: DATA_DIR/token."),
@@ -163,6 +176,16 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     worker_preload: Annotated[
         str, Meta(description="Modules, parted by commas, that running functions find imported, where installed.")
     ] = "numpy"
+    site: Annotated[
+        str, Meta(description="Site that an agent serves. Default: the one in SITE_CONFIG, or `local`.")
+    ] = ""
+    site_config: Annotated[
+        Path | None,
+        Meta(
+            description="File (TOML) that describes the site of an agent, that of `headrace up` included. Default: "
+            "this machine, with the jobs in DATA_DIR/jobs."
+        ),
+    ] = None
     scratch_dir: Annotated[
         Path | None, Meta(description="Folder in which running functions get folders. Default: DATA_DIR/scratch.")
     ] = None
@@ -211,6 +234,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     drain_s: Annotated[
         Seconds, Meta(description="How long a stopping process lets what it is doing come to an end.")
     ] = 10.0
+    ends_at: Annotated[
+        float | None,
+        Meta(description="Epoch second at which a worker or agent in an allocation has to be through; see --pilot."),
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Least level of the servers' own log lines.")
     ] = "info"

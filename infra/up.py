@@ -1,6 +1,6 @@
-"""The whole platform on one machine: two servers and three processes of ours, started, kept up, stopped in order.
+"""The whole platform on one machine: two servers and four processes of ours, started, kept up, stopped in order.
 
-    nats-server, redis-server  ->  the log is set up  ->  gateway, worker, ledger  ->  DIR/token, DIR/url
+    nats-server, redis-server  ->  the log is set up  ->  gateway, worker, ledger, agent  ->  DIR/token, DIR/url
 
 ``DIR/url`` is there exactly while the platform takes triggers. The listening socket belongs to the supervisor: over a
 restart of the gateway, callers wait in its queue instead of being refused.
@@ -73,7 +73,7 @@ class Platform:
 
     @property
     def processes(self) -> dict[str, int | None]:
-        """The ids of the five processes by name; None for one that is being started again."""
+        """The ids of the six processes by name; None for one that is being started again."""
         found = {name: child.pid for name, child in self._children.items()}
         if self._servers is not None:
             found |= {"nats-server": self._servers[0].pid, "redis-server": self._servers[1].pid}
@@ -129,15 +129,18 @@ class Platform:
         write_private(self._file("run") / "servers.json", msgspec.json.encode(servers).decode())
 
         # Stopped in the opposite order: first nothing new comes in, then what runs ends, then its record is read.
-        for role in (rights.LEDGER, rights.WORKER, rights.GATEWAY):
-            child = self._child(role, self._for_role(role, nats, redis), listening)
+        host, port = _reachable(self.settings.host), listening.getsockname()[1]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        for role in (rights.LEDGER, rights.AGENT, rights.WORKER, rights.GATEWAY):
+            settings = self._for_role(role, nats, redis)
+            if role == rights.AGENT and not settings.public_url:
+                settings = msgspec.structs.replace(settings, public_url=url)  # its jobs run on this machine, or near it
+            child = self._child(role, settings, listening)
             self._children[role] = child
             self._stack.push_async_callback(child.stop)
         await _all(*(child.start() for child in self._children.values()))
-        host, port = _reachable(self.settings.host), listening.getsockname()[1]
         await _until_ready(host, port)
         self._stack.callback(self._file("url").unlink, missing_ok=True)  # last to come, first to go
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         write_private(self._file("url"), url + "\n")
         self.url = url
 

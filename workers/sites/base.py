@@ -20,38 +20,12 @@ import msgspec
 from msgspec import Struct
 
 from headrace.errors import HeadraceError
-from headrace.jobs import JobSpec
+from headrace.jobs import JobSpec, Reason
 from headrace.model import JobState
 
-# Why a job ended as it did, or waits. "" where the state says all.
-Reason = Literal[
-    "",
-    "exit_code",
-    "signal",
-    "walltime",
-    "out_of_memory",
-    "node_failure",
-    "preempted",
-    "deadline",
-    "launch",
-    "canceled",
-    "lost",
-]
-REASONS: dict[Reason, str] = {
-    "": "Nothing more is to be said.",
-    "exit_code": "Its program ended with an exit code other than 0.",
-    "signal": "Its program was ended by a signal.",
-    "walltime": "It ran longer than it may.",
-    "out_of_memory": "It took more memory than it may.",
-    "node_failure": "A node that it ran on failed.",
-    "preempted": "It had to make room for a more urgent job.",
-    "deadline": "The batch system saw that it could not end in time.",
-    "launch": "Its program could not be started.",
-    "canceled": "Somebody canceled it.",
-    "lost": "The batch system knows it no longer, and it left no record of an end.",
-}
 FINAL: frozenset[JobState] = frozenset({"completed", "failed", "canceled"})
 JOB_S_DEFAULT = 600.0
+KEEP_S_DEFAULT = 7 * 86400.0
 
 
 class SiteError(HeadraceError):
@@ -90,17 +64,20 @@ class SubmitRejected(SiteError):
 class SiteConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A site as its operator describes it.
 
-    ``work`` is a folder that the compute nodes see, too. ``environment`` is for the batch system's own commands.
-    ``queue``, ``account`` and ``duration_s`` are for jobs that do not say. ``container`` is the program that runs
-    images, None where there is none. A submission of unknown fate is looked for during ``settle_s`` before it is made
-    again, and a job that the batch system no longer names is taken for gone after ``unseen_s``. ``jobs_max`` is for a
-    machine without a queue, which runs so many jobs at once; None is one for each of its cores.
+    ``work`` is a folder that the compute nodes see, too. ``environment`` is for the batch system's own commands,
+    ``job_environment`` for every job, such as a PATH with the site's Python. ``queue``, ``account`` and ``duration_s``
+    are for jobs that do not say. ``container`` is the program that runs images, None where there is none. A submission
+    of unknown fate is looked for during ``settle_s`` before it is made again, and a job that the batch system no longer
+    names is taken for gone after ``unseen_s``. ``jobs_max`` is how many jobs of ours it has at once, waiting or
+    running; None is as many as there are, and on a machine without a queue one for each of its cores. The folders of
+    jobs are kept for ``keep_s`` after the last change in them.
     """
 
     name: str
     kind: str
     work: str
     environment: dict[str, str] = {}
+    job_environment: dict[str, str] = {}
     queue: str | None = None
     account: str | None = None
     duration_s: float = JOB_S_DEFAULT
@@ -110,6 +87,7 @@ class SiteConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     unseen_s: float = 60.0
     command_s: float = 30.0
     jobs_max: int | None = None
+    keep_s: float = KEEP_S_DEFAULT
 
 
 class Submission(Struct, frozen=True, kw_only=True):

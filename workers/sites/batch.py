@@ -14,13 +14,13 @@ import msgspec
 import psij
 from psij.executors.batch.batch_scheduler_executor import BatchSchedulerExecutor
 
+from headrace.jobs import Reason
 from headrace.model import JobState
 from workers.sites.base import (
     FINAL,
     Capacity,
     JobStatus,
     Known,
-    Reason,
     SiteConfig,
     SiteUnreachable,
     Submission,

@@ -140,7 +140,7 @@ def psij_job(site: SiteConfig, submission: Submission, kind: str, *, single: boo
             # The agent's environment holds its secrets. A batch system's commands do not have it, so what the job may
             # inherit of theirs is harmless; without it Slurm would start a login shell, which may take long or hang.
             inherit_environment=kind != "local",
-            environment=dict(environment(submission)),
+            environment=dict(environment(site, submission)),
             stdout_path=records.stdout,
             stderr_path=records.stderr,
             resources=psij.ResourceSpecV1(
@@ -169,13 +169,15 @@ def psij_job(site: SiteConfig, submission: Submission, kind: str, *, single: boo
     return job
 
 
-def environment(submission: Submission) -> dict[str, str]:
+def environment(site: SiteConfig, submission: Submission) -> dict[str, str]:
     """Return the whole environment that the program is given, beside what the batch system adds."""
     return {
         "PATH": PATH,
+        **site.job_environment,
         **submission.spec.environment,
         "HEADRACE_JOB_ID": submission.job_id,
         "HEADRACE_JOB_FOLDER": str(submission.folder),
+        "HEADRACE_PROGRESS": str(Records(submission.folder).progress),
     }
 
 
@@ -194,7 +196,7 @@ def command(site: SiteConfig, spec: JobSpec, folder: Path) -> list[str]:
         return ["apptainer", "exec", *gpus, "--bind", str(folder), "--pwd", where, spec.container, *plain]
     if site.container == "podman":
         gpus = ["--device", "nvidia.com/gpu=all", "--env", "CUDA_VISIBLE_DEVICES"] if spec.resources.gpus else []
-        names = ("HEADRACE_JOB_ID", "HEADRACE_JOB_FOLDER", *spec.environment)
+        names = ("HEADRACE_JOB_ID", "HEADRACE_JOB_FOLDER", "HEADRACE_PROGRESS", *spec.environment)
         variables = [word for name in names for word in ("--env", name)]
         volume = ["--volume", f"{folder}:{folder}", "--workdir", where]
         return ["podman", "run", "--rm", "--userns=keep-id", *gpus, *variables, *volume, spec.container, *plain]

@@ -21,13 +21,12 @@ import psutil
 from msgspec import Struct
 from psij.executors.local import LocalJobExecutor, _ProcessEntry
 
-from headrace.jobs import RECORDS
+from headrace.jobs import RECORDS, Reason
 from workers.sites.base import (
     FINAL,
     Capacity,
     JobStatus,
     Known,
-    Reason,
     SiteConfig,
     Submission,
     SubmitBusy,
@@ -38,6 +37,9 @@ from workers.sites.executors import psij_job
 from workers.sites.records import Records
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
+SITE = "HEADRACE_SITE"  # tells this site's jobs from those of another one on the same machine
+# A line of the job's own script: what shares the machine with it has deadlines of seconds, and a job has not.
+YIELD = "renice -n 10 -p $$ >/dev/null 2>&1"
 GRACE_S = 2.0
 STEP_S = 0.02
 UNSEEN_S = 5.0  # a process is there as soon as it is started, and gone as soon as it has ended
@@ -51,8 +53,9 @@ class MendedLocalExecutor(LocalJobExecutor):
 
     def _process_done(self, p: _ProcessEntry) -> None:
         super()._process_done(p)
-        if p.process is not None and p.process.stdout is not None:
-            p.process.stdout.close()
+        output = getattr(p.process, "stdout", None)  # one that it was attached to has none
+        if output is not None:
+            output.close()
 
 
 class Running(Struct):
@@ -84,6 +87,7 @@ class Local:
         self._now = now
         self._gpus = [str(number) for number in range(_nvidia_devices())] if gpus is None else list(gpus)
         self._places = config.jobs_max or os.cpu_count() or 1
+        self._mark = f"{config.name}:{Path(config.work).absolute()}"
         self._giving_out = Lock()
         self._executor: LocalJobExecutor | None = None
         self._missing_since: dict[str, float] = {}
@@ -110,7 +114,7 @@ class Local:
 
     async def capacity(self) -> Capacity:
         """See ``BatchSystem.capacity``."""
-        running = await asyncio.to_thread(processes)
+        running = await asyncio.to_thread(self._processes)
         taken = {device for job in running.values() for device in job.devices}
         return Capacity(
             at=self._now(),
@@ -127,7 +131,7 @@ class Local:
 
     def _submit(self, job: Submission) -> str:
         records = Records(job.folder)
-        records.prepare(job.before, job.after)
+        records.prepare(f"{YIELD}\n{job.before}", job.after)
         made = psij_job(self.config, job, "local")
         spec = cast(psij.JobSpec, made.spec)
         if job.spec.resources.processes > 1 and job.spec.launcher is None and self.config.launcher is None:
@@ -136,7 +140,7 @@ class Local:
         with self._giving_out, records.submitting():
             found = self._find(job.job_id, records)
             if found is None:
-                spec.environment = {**(spec.environment or {}), DEVICES: ",".join(self._devices(job))}
+                spec.environment = {**(spec.environment or {}), SITE: self._mark, DEVICES: ",".join(self._devices(job))}
                 records.note_attempt()
                 try:
                     self._started().submit(made)
@@ -147,9 +151,13 @@ class Local:
             records.note_native_id(found)
             return found
 
+    def _processes(self) -> dict[str, Running]:
+        return processes(self._mark)
+
     def _started(self) -> LocalJobExecutor:
         if self._executor is None:
-            self._executor = MendedLocalExecutor()
+            config = psij.JobExecutorConfig(work_directory=Path(self.config.work) / "psij")
+            self._executor = MendedLocalExecutor(config=config)
         return self._executor
 
     def _devices(self, job: Submission) -> list[str]:
@@ -165,7 +173,7 @@ class Local:
                 f"{self.config.name} has 1 node and {len(self._gpus)} GPUs; {job.job_id} asks for {nodes} and {wanted}",
                 hint="Ask for less, or send it to another site.",
             )
-        running = processes()
+        running = self._processes()
         taken = {device for other in running.values() for device in other.devices}
         free = [device for device in self._gpus if device not in taken]
         if len(running) >= self._places or wanted > len(free):
@@ -179,11 +187,11 @@ class Local:
         noted = records.native_id()
         if noted is not None or not records.attempted():
             return noted
-        running = processes().get(job_id)
+        running = self._processes().get(job_id)
         return str(min(running.pids)) if running else None
 
     def _status(self, jobs: Sequence[Known]) -> dict[str, JobStatus]:
-        running = processes()  # before the records: what is gone by now has written its own
+        running = self._processes()  # before the records: what is gone by now has written its own
         told = {}
         now = self._now()
         for job in jobs:
@@ -191,11 +199,11 @@ class Local:
             claim, ended, there = records.claim(), records.ended(), job.job_id in running
             native_id = claim.native_id if claim else job.native_id
             if there and claim and job.limit_s is not None and now - claim.at >= job.limit_s:
-                end(job.job_id, running[job.job_id], "walltime")
+                end(self._mark, job.job_id, running[job.job_id], "walltime")
                 ended, there = records.ended(), False
             elif there and claim and ended and claim.native_id not in map(str, running[job.job_id].pids):
                 end(
-                    job.job_id, running[job.job_id], None
+                    self._mark, job.job_id, running[job.job_id], None
                 )  # its program has ended, and what that left behind ends with the job
                 there = False
             seen = JobStatus(native_id=native_id, state="active", nodes="localhost") if there else None
@@ -217,20 +225,20 @@ class Local:
         return told
 
     def _cancel(self, native_ids: set[str]) -> None:
-        for job_id, running in processes().items():
+        for job_id, running in self._processes().items():
             claim = Records(Path(running.folder)).claim()
             if {str(pid) for pid in running.pids} & native_ids or (claim and claim.native_id in native_ids):
-                end(job_id, running, "canceled")
+                end(self._mark, job_id, running, "canceled")
 
 
-def processes() -> dict[str, Running]:
-    """Return the processes of all jobs that run on this machine, by job id."""
+def processes(site: str) -> dict[str, Running]:
+    """Return the processes of all jobs of one site that run on this machine, by job id."""
     found: dict[str, Running] = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             environ = process.environ()
             job_id = environ.get("HEADRACE_JOB_ID")
-            if not job_id or process.status() == psutil.STATUS_ZOMBIE:
+            if not job_id or environ.get(SITE) != site or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             running = found.setdefault(job_id, Running(environ.get("HEADRACE_JOB_FOLDER", ""), frozenset(), []))
             running.pids.append(process.pid)
@@ -238,7 +246,7 @@ def processes() -> dict[str, Running]:
     return found
 
 
-def end(job_id: str, running: Running, why: Reason | None) -> None:
+def end(site: str, job_id: str, running: Running, why: Reason | None) -> None:
     """End all processes of a job, kindly and then by force, and note why; None where the job has ended by itself."""
     folder = Path(running.folder)
     if why is not None and (folder / RECORDS).is_dir():
@@ -246,7 +254,7 @@ def end(job_id: str, running: Running, why: Reason | None) -> None:
     now = time.monotonic()
     force_at, give_up_at = now + GRACE_S, now + 2 * GRACE_S
     told: set[int] = set()
-    while left := processes().get(job_id):  # looked for anew: one that is told to end may just have started another
+    while left := processes(site).get(job_id):  # looked for anew: one that is told to end may just have started another
         now = time.monotonic()
         if now > give_up_at:
             return

@@ -18,8 +18,8 @@ from typing import cast
 
 from msgspec import Struct
 
-from headrace.jobs import RECORDS
-from workers.sites.base import Reason, SubmitUnsure
+from headrace.jobs import RECORDS, Reason
+from workers.sites.base import SubmitUnsure
 
 DUPLICATE_EXIT_CODE = 113
 # A job's own name for itself, by the variables of the batch systems; a plain machine has the process id.
@@ -76,6 +76,7 @@ class Records:
         self.path = folder / RECORDS
         self.before = self.path / "before.sh"
         self.after = self.path / "after.sh"
+        self.progress = self.path / "progress"  # what the program writes: a share of the whole, and a few words
         self.stdout = folder / "stdout.txt"
         self.stderr = folder / "stderr.txt"
 
@@ -149,7 +150,13 @@ class Records:
 
     def attempted(self) -> bool:
         """Say whether a submission began of which nobody knows how it went."""
-        return (self.path / "attempt").exists()
+        return self.attempted_at() is not None
+
+    def attempted_at(self) -> float | None:
+        """Return when a submission began of which nobody knows how it went."""
+        with suppress(FileNotFoundError):
+            return (self.path / "attempt").stat().st_mtime
+        return None
 
     def forget_attempt(self) -> None:
         """Note that no submission is of unknown fate any more."""

@@ -18,12 +18,11 @@ from psij.executors.batch.script_generator import TemplatedScriptGenerator
 from psij.executors.batch.slurm import SlurmExecutorConfig, SlurmJobExecutor
 
 from headrace.errors import BadRequest, TooLarge
-from headrace.jobs import JobSpec
+from headrace.jobs import JobSpec, Reason
 from headrace.model import JobState
 from workers.sites.base import (
     Capacity,
     JobStatus,
-    Reason,
     SiteConfig,
     SiteUnreachable,
     Submission,
@@ -73,6 +72,7 @@ LAUNCH_REASONS = (
 )
 UNUSABLE = ("down", "drain", "fail", "maint", "unknown", "invalid", "inval", "power", "reboot", "perfctrs", "blocked")
 SIGNAL_BIT = 128
+LAUNCH_EXIT_CODE = SIGNAL_BIT + 53  # Slurm's own signal for a program that could not be started
 CANCEL_MANY_MAX = 500
 ARRAY_JOBS_MAX = 1000  # Slurm's own limit is 1,001 where nobody raised it
 
@@ -144,8 +144,8 @@ def parse_queue(text: str) -> dict[str, JobStatus]:
         word, reason = state(native, why)
         ended = word in ("completed", "failed", "canceled")
         code = exit_code(int(raw)) if raw.isdigit() and ended and word != "canceled" else None
-        if word == "failed" and reason == "exit_code" and code is not None and code > SIGNAL_BIT:
-            reason = "signal"
+        if word == "failed" and reason in ("exit_code", "launch") and SIGNAL_BIT < (code or 0) != LAUNCH_EXIT_CODE:
+            reason = "signal"  # "JobLaunchFailure", too, where its program had begun and somebody killed it
         if word == "failed" and (code == 0 or reason not in ("exit_code", "signal")):
             code = None  # Slurm ended it, not its program
         found[native_id] = JobStatus(
@@ -383,7 +383,7 @@ class Slurm(Batch):
         launcher = self._executor._get_launcher_from_job(made)  # noqa: SLF001 - PSI/J is pinned
         launch = launcher.get_launch_command(made)
         where = shlex.quote(str(job.spec.directory or job.folder))
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in environment(job).items()]
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in environment(self.config, job).items()]
         return "\n".join([f"cd {where} || exit", *lines, f"exec {shlex.join(launch)}", ""])
 
     def _cancel(self, native_ids: Sequence[str]) -> None:
