@@ -27,8 +27,10 @@ from gateway.needs import Behind, Follow, Lanes, Log, Reader, Store, Tables
 from gateway.openapi import OpenApi
 from gateway.quota import Quota
 from gateway.quote import DryRun
+from gateway.reports import Reports
 from gateway.runs import RunBooks, Runs
 from gateway.server import SERVER
+from gateway.sites import Sites
 from gateway.spool import Spool
 from gateway.status import Status
 from gateway.table import ENDPOINTS, EVENTS
@@ -102,7 +104,9 @@ def build(
     quoter = Quoter(Outlook(tables.forecasts.get), _functions(tables))
     admitting = Admitting(tables=tables, quoter=quoter, backlog=backlog)
     acceptance = Acceptance(log=log, tables=tables, quota=Quota(log, reader))
-    live = Live(log=log, follow=follow, books=books, metrics=metrics, tokens=tokens, limits=limits)
+    sites = Sites(tables, clock)
+    metrics.sites.records = sites.records
+    live = Live(log=log, follow=follow, books=books, sites=sites, metrics=metrics, tokens=tokens, limits=limits)
     status = Status(behind, disk=disk, gate=gate, waiting=waiting, metrics=metrics, version=version, draining=draining)
     uploads = Uploads(
         spool=Spool(blobs), direct=direct, disk=disk, token=token, limits=limits, public_url=public_url, clock=clock
@@ -115,6 +119,7 @@ def build(
         **_dead(DeadList(behind, acceptance=acceptance, admitting=admitting, books=books, gate=gate, clock=clock)),
         "get_history": History(log=log, follow=follow, clock=clock).page,
         **_catalog(Catalog(tables=tables, blobs=blobs, gate=gate, clock=clock)),
+        **_jobs(Reports(log, clock), sites),
         **_status(status),
         "openapi": OpenApi(version).get,
         **_page(page.Page(page.load())),
@@ -124,6 +129,7 @@ def build(
     app[METRICS] = metrics
     app.cleanup_ctx.append(uploads.sweep)
     app.cleanup_ctx.append(fill.watch)
+    app.cleanup_ctx.append(sites.watch)
     app.on_shutdown.append(lambda _: live.close())
     app.on_cleanup.append(lambda _: backlog.close())
     return app
@@ -186,8 +192,18 @@ def _catalog(catalog: Catalog) -> dict[str, Handler]:
         "get_route": catalog.route,
         "put_route": catalog.put_route,
         "delete_route": catalog.delete_route,
-        "list_sites": catalog.sites,
-        "get_site": catalog.site,
+    }
+
+
+def _jobs(reports: Reports, sites: Sites) -> dict[str, Handler]:
+    return {
+        "report_job": reports.take,
+        "list_sites": sites.all,
+        "get_site": sites.one,
+        "list_resources": sites.resources,
+        "get_resource": sites.resource,
+        "list_incidents": sites.incidents,
+        "get_incident": sites.incident,
     }
 
 

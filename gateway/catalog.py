@@ -1,4 +1,4 @@
-"""Functions, routes and sites over HTTP. Code is kept as bytes here; only a worker's child opens it."""
+"""Functions and routes over HTTP. Code is kept as bytes here; only a worker's child opens it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.gate import Gate
 from gateway.needs import Tables
 from gateway.runs import as_json
 from headrace.errors import BadRequest, NotFound
-from headrace.model import Code, FunctionOptions, FunctionView, Route, RouteView, SiteView
+from headrace.model import Code, FunctionOptions, FunctionView, Route, RouteView
 from headrace.names import check_name
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, decode
 from streams.blobs import Blobs
@@ -46,14 +46,8 @@ class RouteList(Struct, frozen=True, kw_only=True):
     routes: list[RouteView]
 
 
-class SiteList(Struct, frozen=True, kw_only=True):
-    """All sites that the platform knows; there are none in this release."""
-
-    sites: list[SiteView]
-
-
 class Catalog:
-    """The endpoints under ``/v1/functions``, ``/v1/routes`` and ``/v1/sites``.
+    """The endpoints under ``/v1/functions`` and ``/v1/routes``.
 
     Functions and routes belong to who registered them: others neither see them nor run them, and may have their own of
     the same name.
@@ -143,17 +137,6 @@ class Catalog:
         if not await self._tables.routes.delete(row_key(tenant_of(request), name)):
             raise _no_route(name)
         return web.Response(status=204)
-
-    # ------------------------------------------------------------ sites
-
-    async def sites(self, request: web.Request) -> web.Response:
-        """Answer ``GET /v1/sites``."""
-        return as_json(SiteList(sites=[]))
-
-    async def site(self, request: web.Request) -> web.Response:
-        """Answer ``GET /v1/sites/{name}``."""
-        name = check_name(request.match_info["name"], "site name")
-        raise NotFound(f"there is no site {name}", hint="GET /v1/sites lists them.")
 
     # ------------------------------------------------------------ in between
 

@@ -29,7 +29,7 @@ from streams.blobs import check_out
 from streams.reader import Dead
 from streams.record import RunRecord
 from streams.tables import row_key
-from streams.topology import attempt_subject, done_subject, kind_of, replay_subject, run_of, work_subject
+from streams.topology import attempt_subject, done_subject, job_subject, kind_of, replay_subject, run_of, work_subject
 
 READS_AT_ONCE = 32
 _YES, _NO = ("1", "true"), ("", "0", "false")
@@ -139,10 +139,11 @@ class DeadList:
             raise Conflict(
                 f"the event of {_named(record, wanted)} was retracted", hint=f"headrace run {record.retracted_by}"
             )
-        first = await self._work(guard_subject(tenant, record.run_id), record)
+        first = await self._work(record, guard_subject(tenant, record.run_id))
         dead = first
         if identity != first.invocation_id:
-            dead = await self._work(work_subject("*", tenant, record.run_id, identity), record)
+            subjects = [of("*", tenant, record.run_id, identity) for of in (work_subject, job_subject)]
+            dead = await self._work(record, *subjects)
         if first.function == RETRACTER:
             raise Conflict(
                 f"the run {record.run_id} is a retraction", hint="Send its event again, with an id of its own."
@@ -182,21 +183,22 @@ class DeadList:
         return record, identity
 
     async def _refuse_unended(self, identity: str, tenant: str) -> None:
-        stored = await self._log.last(work_subject("*", tenant, "*", identity))
-        if stored is not None:
-            run = stored.subject.split(".")[4]
-            raise Conflict(
-                f"the invocation {identity} has not ended yet; only what failed can be replayed",
-                hint=f"headrace run {run}",
-            )
-
-    async def _work(self, subject: str, record: RunRecord) -> Invocation:
-        stored = await self._log.last(subject)
-        try:
+        for of in (work_subject, job_subject):
+            stored = await self._log.last(of("*", tenant, "*", identity))
             if stored is not None:
-                return decode(stored.body, Invocation)
-        except msgspec.MsgspecError:
-            pass
+                run = stored.subject.split(".")[4]
+                raise Conflict(
+                    f"the invocation {identity} has not ended yet; only what failed can be replayed",
+                    hint=f"headrace run {run}",
+                )
+
+    async def _work(self, record: RunRecord, *subjects: str) -> Invocation:
+        """Return the work on the first of these subjects that holds some."""
+        for subject in subjects:
+            stored = await self._log.last(subject)
+            with suppress(msgspec.MsgspecError):
+                if stored is not None:
+                    return decode(stored.body, Invocation)
         raise _gone(record.run_id)
 
     async def _registered(self, wanted: Again) -> tuple[RouteRecord, FunctionRecord]:

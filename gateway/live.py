@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from gateway.auth import Caller, Tokens, caller_of, tenant_of
@@ -24,6 +25,7 @@ from gateway.owners import Owners
 from gateway.problems import Busy
 from gateway.runs import RunBook, RunBooks
 from gateway.shares import Shares
+from gateway.sites import Sites
 from gateway.story import Teller, run_event, text_of
 from headrace.errors import BadRequest, HeadraceError
 from headrace.model import FINAL
@@ -34,9 +36,12 @@ from streams.topology import (
     cancel_subject,
     done_subject,
     end_subject,
+    job_subject,
     note_subject,
+    report_subject,
     run_subjects,
     start_subject,
+    submit_subject,
     work_subject,
 )
 
@@ -57,11 +62,20 @@ class Live:
     """``GET /v1/runs/{run_id}/events`` and ``GET /v1/stream``."""
 
     def __init__(
-        self, *, log: Log, follow: Follow, books: RunBooks, metrics: Metrics, tokens: Tokens, limits: GatewayLimits
+        self,
+        *,
+        log: Log,
+        follow: Follow,
+        books: RunBooks,
+        sites: Sites,
+        metrics: Metrics,
+        tokens: Tokens,
+        limits: GatewayLimits,
     ) -> None:
         self._log = log
         self._follow = follow
         self._books = books
+        self._sites = sites
         self._metrics = metrics
         self._owners = Owners(log)
         self._places = Shares(limits.streams_max, tokens.shared, self._full)
@@ -82,7 +96,7 @@ class Live:
         elif record.ended and after >= record.seq:
             # Nothing will ever follow. Telling the end again lets a client that asks for more see that it is over.
             return await self._serve(request, self._again(record, after), after)
-        subjects = [*run_subjects(run_id), note_subject(run_id, "*", "*")]
+        subjects = [*run_subjects(run_id), note_subject(run_id, "*", "*"), report_subject(run_id, "*", "*")]
         return await self._serve(request, self._until_end(book, subjects, after), after)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
@@ -91,7 +105,7 @@ class Live:
         end = await self._log.end_seq()
         # An id from a log that was replaced by an emptier one must not wait for the day that log has grown to it.
         after = end if after is None else min(after, end)
-        return await self._serve(request, self._texts(tenant_of(request), after), after)
+        return await self._serve(request, merged(self._site_texts(), self._texts(tenant_of(request), after)), after)
 
     def _full(self) -> Busy:
         return Busy(f"{self._limits.streams_max} clients read events already", hint="Close some, or come back later.")
@@ -119,6 +133,11 @@ class Live:
                 mine = [stored for stored in batch if await self._owners.of(stored) == tenant]
                 parts = [text_of(stored.seq, await teller.tell(stored)) for stored in mine]
                 yield b"".join(parts) or KEEP_ALIVE
+
+    async def _site_texts(self) -> AsyncGenerator[bytes, None]:
+        async for views in self._sites.news():
+            # They stand in no log, so they carry no id: who comes back is told how all sites are.
+            yield b"".join(b"event: site\ndata: %s\n\n" % msgspec.json.encode(view) for view in views)
 
     async def _until_end(self, book: RunBook, subjects: list[str], after: int) -> AsyncGenerator[bytes, None]:
         teller = Teller(book)
@@ -175,15 +194,37 @@ class Live:
         return response
 
 
+async def merged(*sources: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Yield what comes of several sources that never end, as it comes; closes them all in the end."""
+    waiting = {asyncio.ensure_future(anext(source)): source for source in sources}
+    try:
+        while True:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                source = waiting.pop(each)
+                text = each.result()
+                waiting[asyncio.ensure_future(anext(source))] = source
+                yield text
+    finally:
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for source in sources:
+            await source.aclose()
+
+
 def all_subjects(tenant: str) -> list[str]:
-    """Return the subjects of all that is told of a tenant's runs; only that of work leaves out those of others."""
+    """Return the subjects of all that is told of a tenant's runs; only those of work leave out those of others."""
     return [
         work_subject("*", tenant, "*", "*"),
+        job_subject("*", tenant, "*", "*"),
+        submit_subject("*", "*", "*", "*"),
         done_subject("*", "*"),
         end_subject("*"),
         start_subject("*", "*", "*"),
         attempt_subject("*", "*", "*"),
         note_subject("*", "*", "*"),
+        report_subject("*", "*", "*"),
         cancel_subject("*", "*"),
     ]
 

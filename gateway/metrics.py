@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -11,7 +12,9 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from functions.sites import status
 from headrace.clock import parse_instant
+from headrace.joblog import SiteRecord
 from headrace.model import Audit
 
 ACCEPT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -83,6 +86,36 @@ class AuditFound(Collector):
             yield GaugeMetricFamily(name, text, value=value)
 
 
+class SitesSeen(Collector):
+    """The sites as they are at a look at the metrics."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.records: Callable[[], list[SiteRecord]] = list
+
+    def collect(self) -> Iterator[Metric]:
+        """Return how the sites are as metrics."""
+        now = self._clock()
+        families = {
+            name: GaugeMetricFamily(f"headrace_site_{name}", text, labels=["site"])
+            for name, text in (
+                ("up", "1 while the site is up, 0 while it is down, degraded or unknown"),
+                ("gpus", "GPUs of the site"),
+                ("gpus_free", "GPUs of the site that no job has, on nodes that can be used"),
+                ("jobs_waiting", "Jobs in the queue of the site"),
+                ("silent_seconds", "Time since the site's agent was heard last"),
+            )
+        }
+        for record in self.records():
+            families["up"].add_metric([record.name], float(status(record, now)[0] == "up"))
+            families["silent_seconds"].add_metric([record.name], max(0.0, now - record.at))
+            families["jobs_waiting"].add_metric([record.name], record.jobs_waiting)
+            if record.gpus_total is not None:
+                families["gpus"].add_metric([record.name], record.gpus_total)
+                families["gpus_free"].add_metric([record.name], record.gpus_free or 0)
+        yield from families.values()
+
+
 class Metrics:
     """The counters of one gateway; ``door`` holds those of the hot path."""
 
@@ -94,6 +127,8 @@ class Metrics:
         self.registry.register(self.door)
         self.audit = AuditFound()
         self.registry.register(self.audit)
+        self.sites = SitesSeen()
+        self.registry.register(self.sites)
         self.streams = Gauge("headrace_streams", "Clients of server-sent events", registry=self.registry)
         self.streams_dropped = Counter(
             "headrace_streams_dropped",

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from headrace.joblog import SiteRecord
 from headrace.model import Audit, RunPage, RunView
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord
 from streams.backlog import Look
@@ -101,7 +102,7 @@ class Table(Protocol[T]):
 
 
 class Tables(Protocol):
-    """What is registered, who shares the platform, and what is expected of functions."""
+    """What is registered, who shares the platform, what is expected of functions, and how the sites are."""
 
     @property
     def functions(self) -> Table[FunctionRecord]:
@@ -122,6 +123,10 @@ class Tables(Protocol):
     @property
     def forecasts(self) -> Table[ForecastRow]:
         """What is expected of functions, by name."""
+
+    @property
+    def sites(self) -> Table[SiteRecord]:
+        """How the sites are, by name."""
 
 
 class Store(Blobs, Protocol):

@@ -1,4 +1,4 @@
-"""Whose run a fact of the log belongs to. Only the subjects of work name the tenant."""
+"""Whose run a fact of the log belongs to. Only the subjects of work and of jobs name the tenant."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Owners:
             Unavailable: the log does not answer.
         """
         kind = kind_of(stored.subject)
-        if kind == "work":
+        if kind in ("work", "job"):
             tokens = stored.subject.split(".")
             return self._remember(tokens[4], tokens[3])
         run = run_of(stored.subject)

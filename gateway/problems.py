@@ -58,6 +58,12 @@ class Busy(Overloaded):
     title = "The gateway has its hands full"
 
 
+class Over(Conflict):
+    """What this is about has ended, and nothing more is heard of it."""
+
+    title = "It has ended"
+
+
 class NotAllowed(Unauthorized):
     """The token is good, and not for this."""
 
@@ -82,6 +88,7 @@ MEANINGS: dict[type[HeadraceError], Meaning] = {
     Conflict: Meaning(409, "conflict"),
     Infeasible: Meaning(409, "infeasible"),
     KeyReused: Meaning(422, "key-reused"),
+    Over: Meaning(410, "over"),
     Overloaded: Meaning(429, "overloaded"),
     Busy: Meaning(503, "busy"),
     Unavailable: Meaning(503, "unavailable"),

@@ -15,6 +15,7 @@ from gateway.runs import RunBook
 from headrace.clock import format_instant, maybe_instant
 from headrace.errors import NotFound, Unavailable
 from headrace.failures import size_text
+from headrace.joblog import JOB, Report, Submitted
 from headrace.model import FINAL
 from headrace.wire import Attempt, Cancel, Invocation, Moved, Note, Outcome, RunEnd, Started, decode
 from streams.record import RunRecord
@@ -42,6 +43,10 @@ def _read(stored: Stored) -> Told:
     match kind_of(stored.subject):
         case "work":
             return _queued(decode(stored.body, Invocation), stored)
+        case "job":
+            return _job_waits(decode(stored.body, Invocation), stored)
+        case "submit":
+            return _submitted(decode(stored.body, Submitted))
         case "start":
             return _started(decode(stored.body, Started))
         case "try":
@@ -55,6 +60,8 @@ def _read(stored: Stored) -> Told:
             return _canceled(decode(stored.body, Cancel), stored)
         case "note":
             return _noted(decode(stored.body, Note))
+        case "report":
+            return _reported(decode(stored.body, Report))
         case _:
             return []
 
@@ -95,7 +102,49 @@ def _queued(work: Invocation, stored: Stored) -> Told:
     return told
 
 
+def _job_waits(work: Invocation, stored: Stored) -> Told:
+    site = stored.subject.split(".")[2]
+    return [("job", {**_job_head(work), "site": site, "state": "new", "native_id": None})]
+
+
+def _submitted(fact: Submitted) -> Told:
+    data = {
+        "run_id": fact.run_id,
+        "job_id": fact.invocation_id,
+        "site": fact.site,
+        "native_id": fact.native_id,
+        "state": "queued",
+        "submitted_at": format_instant(fact.at),
+    }
+    return [("job", data)]
+
+
+def _job_head(fact: Invocation | Started | Attempt | Outcome) -> Data:
+    return {"run_id": fact.run_id, "job_id": fact.invocation_id, "parent_id": fact.parent_id}
+
+
+def _job_ended(done: Outcome) -> Told:
+    if done.job is None:
+        return [("job", {**_job_head(done), "state": "failed", "error": done.error})]
+    job = done.job
+    data = {
+        **_job_head(done),
+        "site": job.site,
+        "native_id": job.native_id,
+        "state": job.state,
+        "submitted_at": maybe_instant(job.submitted_at),
+        "started_at": maybe_instant(job.started_at),
+        "ended_at": maybe_instant(job.ended_at),
+        "exit_code": job.exit_code,
+        "reason": job.reason,
+        "error": done.error,
+    }
+    return [("job", data)]
+
+
 def _started(start: Started) -> Told:
+    if start.function == JOB:
+        return [("job", {**_job_head(start), "state": "active", "started_at": format_instant(start.started_at)})]
     return [
         ("run", {"run_id": start.run_id, "state": "running"}),
         (
@@ -116,6 +165,11 @@ def _started(start: Started) -> Told:
 
 
 def _tried(attempt: Attempt) -> Told:
+    if attempt.function == JOB:
+        error = attempt.error
+        return [
+            ("job", {**_job_head(attempt), "state": "new", "native_id": None, "reason": error.kind, "error": error})
+        ]
     return [
         (
             "invocation",
@@ -136,25 +190,27 @@ def _tried(attempt: Attempt) -> Told:
     ]
 
 
+def _invocation_ended(done: Outcome) -> tuple[str, Data]:
+    return (
+        "invocation",
+        {
+            "run_id": done.run_id,
+            "invocation_id": done.invocation_id,
+            "parent_id": done.parent_id,
+            "function": done.function,
+            "version": done.version,
+            "state": done.state,
+            "attempts": done.attempts,
+            "started_at": format_instant(done.started_at),
+            "ended_at": format_instant(done.ended_at),
+            "worker": done.worker,
+            "error": done.error,
+        },
+    )
+
+
 def _ended(done: Outcome, stored: Stored) -> Told:
-    told: Told = [
-        (
-            "invocation",
-            {
-                "run_id": done.run_id,
-                "invocation_id": done.invocation_id,
-                "parent_id": done.parent_id,
-                "function": done.function,
-                "version": done.version,
-                "state": done.state,
-                "attempts": done.attempts,
-                "started_at": format_instant(done.started_at),
-                "ended_at": format_instant(done.ended_at),
-                "worker": done.worker,
-                "error": done.error,
-            },
-        )
-    ]
+    told: Told = [_invocation_ended(done)] if done.function != JOB else _job_ended(done)
     run: Data = {"run_id": done.run_id, "route": done.route, "state": "running"}
     answered = done.answer is not None
     if done.end is not None:
@@ -189,6 +245,19 @@ def _noted(note: Note) -> Told:
         told.append(("progress", {**head, "fraction": note.fraction, "note": note.text}))
     if note.moved is not None:
         told.append(("progress", {**head, **_staged(note.moved)}))
+    return told
+
+
+def _reported(report: Report) -> Told:
+    """Tell how far a job says it is, and that it was heard; what has become of it, its agent tells."""
+    at = format_instant(report.at)
+    job = {"run_id": report.run_id, "job_id": report.invocation_id, "site": report.site, "heard_at": at}
+    head = {"run_id": report.run_id, "invocation_id": report.invocation_id, "at": at}
+    told: Told = [("job", job)]
+    if report.fraction is not None:
+        told.append(("progress", {**head, "fraction": report.fraction, "note": report.text}))
+    elif report.text:
+        told.append(("log", {**head, "level": "info", "text": report.text}))
     return told
 
 

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta
 
-from gateway.catalog import FunctionBody, FunctionList, RouteList, SiteList
+from gateway.catalog import FunctionBody, FunctionList, RouteList
 from gateway.ingest import EventsAccepted
+from gateway.sites import IncidentView, ResourceView, SiteList
 from gateway.spool import Kept
 from gateway.status import Readiness
 from gateway.uploads import Upload, UploadBody
+from headrace.joblog import ReportEvent
 from headrace.model import (
     Audit,
     DeadPage,
@@ -30,6 +32,7 @@ from headrace.model import (
 Where = Literal["query", "header"]
 Flag = Literal["0", "1"]
 Limit = Annotated[int, Meta(ge=1, le=1000)]
+ExitCode = Annotated[int, Meta(ge=0, le=255)]
 
 
 class Param(NamedTuple):
@@ -234,7 +237,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "GET",
         "/v1/stream",
         "follow_all",
-        "What happens in all runs as server-sent events, from now on or after Last-Event-ID.",
+        "What happens in all runs as server-sent events, from now on or after Last-Event-ID; and how all sites are.",
         {200: EVENTS},
         params=(_AFTER,),
     ),
@@ -261,6 +264,48 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("DELETE", "/v1/routes/{name}", "delete_route", "Remove a route; its runs go on.", {204: None}),
     Endpoint("GET", "/v1/sites", "list_sites", "All sites.", {200: SiteList}),
     Endpoint("GET", "/v1/sites/{name}", "get_site", "One site.", {200: SiteView}),
+    Endpoint(
+        "GET",
+        "/status/resources",
+        "list_resources",
+        "All sites, in the words of the IRI Facility API.",
+        {200: list[ResourceView]},
+    ),
+    Endpoint(
+        "GET",
+        "/status/resources/{resource_id}",
+        "get_resource",
+        "One site, in the words of the IRI Facility API.",
+        {200: ResourceView},
+    ),
+    Endpoint(
+        "GET",
+        "/status/incidents",
+        "list_incidents",
+        "The newest times in which sites were not up, in the words of the IRI Facility API, newest first.",
+        {200: list[IncidentView]},
+    ),
+    Endpoint(
+        "GET",
+        "/status/incidents/{incident_id}",
+        "get_incident",
+        "One time in which a site was not up, in the words of the IRI Facility API.",
+        {200: IncidentView},
+    ),
+    Endpoint(
+        "POST",
+        "/v1/jobs/{run_id}/{job_id}/report",
+        "report_job",
+        "For the wrapper of a batch job alone, which proves itself with the secret in the job's own folder: it has "
+        "started, is alive, how far it is, has ended. 404 while the job is not known, 410 once it has ended.",
+        {204: None},
+        bodies=(Body(None, "text/plain"),),
+        params=(
+            Param("event", "query", ReportEvent, "What happened; it has to be given."),
+            Param("exit_code", "query", ExitCode, "At its end: that of the program."),
+        ),
+        open=True,
+    ),
     Endpoint("GET", "/livez", "live", "200 while the process turns.", {200: JSON}, open=True),
     Endpoint("GET", "/readyz", "ready", "200 while triggers are taken.", {200: Readiness, 503: Readiness}, open=True),
     Endpoint("GET", "/metrics", "metrics", "What this gateway counts.", {200: METRICS}, open=True),

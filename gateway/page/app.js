@@ -8,7 +8,7 @@ import { drawEnded } from "./results.js";
 import { Runs } from "./runs.js";
 import { Feed } from "./stream.js";
 import { clock, now } from "./time.js";
-import { OPEN_ROWS, drawHeadline, drawOpen, drawRates, drawRegistered } from "./view.js";
+import { OPEN_ROWS, drawHeadline, drawOpen, drawRates, drawRegistered, drawSites } from "./view.js";
 
 /** @typedef {import("./stream.js").Message} Message */
 
@@ -23,6 +23,8 @@ const ASK_EVERY_MS = 200;
 
 const runs = new Runs();
 const rates = new Rates();
+/** @type {Map<string, any>} */
+const sites = new Map();
 /** @type {Feed | null} */
 let feed = null;
 let since = now();
@@ -119,7 +121,9 @@ function takeOne(event, data) {
     if (ended) rates.count("ended", at);
     if (ended && run.state === "failed") rates.count("failed", at);
   } else if (event === "invocation") runs.takeStep(data, at);
+  else if (event === "job") runs.takeJob(data, at);
   else if (event === "progress" || event === "log") runs.takeNote(data, at);
+  else if (event === "site") drawSites([...sites.set(String(data.name), data).values()].map(siteLine));
   else return;
   changed();
 }
@@ -162,6 +166,13 @@ function routeLine({ name, route }) {
 
 /** @param {any} view */
 const functionLine = ({ name, version }) => ({ name, text: version });
+
+/** @param {any} view */
+function siteLine({ name, status, detail, gpus, queue }) {
+  const free = gpus?.total ? `${gpus.free} of ${gpus.total} GPUs free` : "";
+  const waiting = queue?.jobs ? `${queue.jobs} jobs waiting` : "";
+  return { name, text: [status, detail, free, waiting].filter(Boolean).join(", ") };
+}
 
 // ---- what is drawn
 

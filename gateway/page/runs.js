@@ -9,7 +9,7 @@ import { instant } from "./time.js";
 
 /** @typedef {"on time" | "at risk" | "late" | "no deadline" | "done" | "failed" | "canceled"} Word */
 /** @typedef {{kind: string, message: string}} Failure */
-/** @typedef {{function: string, state: string, attempts: number}} Step */
+/** @typedef {{function: string, state: string, attempts: number, job: string | null}} Step a job has its native id */
 /** @typedef {{level: number, function: string, of: number}} Fidelity */
 /**
  * @typedef {object} Run
@@ -28,7 +28,7 @@ import { instant } from "./time.js";
  * @property {Fidelity | null} fidelity of the answer, where its function has variants
  * @property {string} verdict of the quote
  * @property {number | null} usual the quote's p90, in seconds
- * @property {Map<string, Step>} steps invocations that have not ended
+ * @property {Map<string, Step>} steps invocations and batch jobs that have not ended
  * @property {number} stepsEnded
  * @property {number} stepsTotal
  * @property {string} said the last line of its log, or what it said about its progress
@@ -43,7 +43,9 @@ const OPEN_MAX = 150;
 const ENDED_MAX = 50;
 const STEPS_MAX = 32;
 const MESSAGE_CHARS_MAX = 4000;
-const FINAL = new Set(["succeeded", "failed", "canceled", "dead"]);
+const FINAL = new Set(["succeeded", "failed", "canceled", "dead", "completed"]);
+/** @type {Record<string, string>} */
+const JOB = { new: "waits for its site", queued: "is in the queue", active: "running" };
 const RANK = { accepted: 1, running: 2, succeeded: 3, failed: 3, canceled: 3 };
 
 export class Runs {
@@ -116,6 +118,13 @@ export class Runs {
     if (!known && run.steps.size >= STEPS_MAX) run.steps.delete(first(run.steps));
     run.steps.set(id, step(data));
     run.stepsTotal = Math.max(run.stepsTotal, run.stepsEnded + run.steps.size);
+  }
+
+  /** @param {any} data of a `job` event @param {number} at */
+  takeJob(data, at) {
+    if (!data.state) return; // its wrapper was heard, which changes nothing
+    const known = this.open.get(String(data.run_id))?.steps.get(String(data.job_id));
+    this.takeStep({ ...asStep({ native_id: known?.job, ...data }), run_id: data.run_id }, at);
   }
 
   /** @param {any} data of a `progress` or `log` event @param {number} at */
@@ -260,20 +269,34 @@ function merge(run, data) {
   if (data.state === "succeeded" && !data.error) run.error = null; // what failed on the way was made good
   if (data.retracted_by) run.error = { kind: "retracted", message: `by the run ${data.retracted_by}` };
   if (data.invocations) takeSteps(run, data);
-  else run.stepsTotal = Math.max(run.stepsTotal, data.invocations_total ?? 0);
+  else run.stepsTotal = Math.max(run.stepsTotal, (data.invocations_total ?? 0) + (data.jobs_total ?? 0));
 }
 
 /** @param {Run} run @param {any} data a whole view of the run */
 function takeSteps(run, data) {
-  const open = data.invocations.filter((/** @type {any} */ one) => !FINAL.has(one.state));
-  run.stepsTotal = data.invocations_total ?? data.invocations.length;
-  run.stepsEnded = data.invocations.length - open.length;
+  const all = [...data.invocations, ...(data.jobs ?? []).map(asStep)];
+  const open = all.filter((one) => !FINAL.has(one.state));
+  run.stepsTotal = (data.invocations_total ?? all.length) + (data.jobs_total ?? 0);
+  run.stepsEnded = all.length - open.length;
   run.steps.clear();
   for (const one of open.slice(0, STEPS_MAX)) run.steps.set(one.invocation_id, step(one));
 }
 
 /** @param {any} data @returns {Step} */
-const step = (data) => ({ function: String(data.function), state: String(data.state), attempts: data.attempts ?? 0 });
+const step = (data) => ({
+  function: String(data.function),
+  state: String(data.state),
+  attempts: data.attempts ?? 0,
+  job: data.job ?? null,
+});
+
+/** @param {any} job */
+const asStep = (job) => ({
+  invocation_id: job.job_id,
+  function: `job ${job.native_id ?? ""}`.trim(),
+  state: JOB[job.state] ?? job.state,
+  job: job.native_id,
+});
 
 /** @param {Run} run the lower, the more urgent */
 function urgency(run) {

@@ -159,6 +159,12 @@ export function drawRegistered(routes, functions) {
   say(byId("registered-note"), none ? "Nothing yet: headrace deploy FILE.py" : many ? "All: headrace routes, headrace functions" : "");
 }
 
+/** @param {Line[]} sites */
+export function drawSites(sites) {
+  byId("places").hidden = false;
+  byId("sites").replaceChildren(...sites.slice(0, REGISTERED_ROWS).map(line));
+}
+
 /** @param {Line} item */
 function line({ name, text }) {
   const row = make("li");
