@@ -13,13 +13,16 @@ CEPH := ceph-mon ceph-mgr ceph-osd radosgw
 SLURM := slurm-wlm munge
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-deadlines bench-live chaos lock debian clean
+.PHONY: help demo demo-slurm test check bench bench-deadlines bench-live bench-push chaos conformance lock debian clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.platform ## real triggers in, right answers out, on a platform of its own; STAY=1 leaves it up
 	@$(PY) -P -m infra demo $(if $(filter-out 0,$(STAY)),--stay)
+
+demo-slurm: $(VENV)/.platform debian ## a run stop, a simulation in the queue of a real Slurm, the answer in time
+	@$(PY) -P -m infra demo --slurm
 
 test: $(VENV)/.dev debian ## all tests, on real servers; ARGS="-k word" passes arguments to pytest
 	@$(PY) -m pytest $(ARGS)
@@ -38,8 +41,14 @@ chaos: $(VENV)/.platform debian ## faults injected from outside, all counted; AR
 bench-deadlines: $(VENV)/.platform ## deadlines met in simulated time, against other orders and an oracle
 	@$(PY) -P -m infra.bench.deadlines $(ARGS)
 
+conformance: $(VENV)/.dev debian ## other people's tests: PSI/J's own of executors, on ours
+	@$(PY) -P -m tests.psij_suite $(ARGS)
+
 bench-live: $(VENV)/.platform ## deadlines met on a real platform under twice its load, with lanes and without
 	@$(PY) -P -m infra.bench.live $(ARGS)
+
+bench-push: $(VENV)/.platform debian ## how soon after the end of a job on a real Slurm its follow-up runs
+	@$(PY) -P -m infra.bench.push $(ARGS)
 
 # ---------------------------------------------------------------- installing
 

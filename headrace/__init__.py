@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from headrace import errors
 from headrace.context import Context
 from headrace.errors import HeadraceError
-from headrace.jobs import JobAttributes, JobSpec, Resources
+from headrace.jobs import JobAttributes, JobEnd, JobSpec, JobTime, Resources
 from headrace.model import Event, Route
 from headrace.sdk import function, on
 
@@ -55,7 +55,9 @@ __all__ = [
     "Executor",
     "HeadraceError",
     "JobAttributes",
+    "JobEnd",
     "JobSpec",
+    "JobTime",
     "Resources",
     "Route",
     "Run",

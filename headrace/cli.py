@@ -122,6 +122,7 @@ _serve("setup", "Make the stream and the tables on servers of your own.")
 _serve("tenant", "Add, list and remove those who share the platform: tenant add NAME.")
 _serve("gateway", "Run one gateway, configured by file and environment.")
 _serve("worker", "Run one worker, configured by file and environment.")
+_serve("agent", "Run the agent of a site: it submits the site's batch jobs and tells how they end.")
 _serve("ledger", "Run the writer of the read model, configured by file and environment.")
 
 
@@ -306,7 +307,7 @@ def list_runs(*, state: State = None, route: str | None = None, limit: int = 20,
 
 @app.command(name="run")
 def show_run(run_id: str, /, *, as_json: AsJson = False) -> int:
-    """Show one run: its state, its deadline, where the time went, and its invocations."""
+    """Show one run: its state, its deadline, where the time went, its invocations and its jobs."""
     with _client() as client:
         view = client.run(run_id).view()
     if as_json:
@@ -318,6 +319,10 @@ def show_run(run_id: str, /, *, as_json: AsJson = False) -> int:
     hidden = view.invocations_total - len(view.invocations)
     if hidden > 0:
         out.print(Text(f"and {hidden:,} more"))
+    if view.jobs:
+        out.print(render.jobs_table(view.jobs))
+    if view.jobs_total > len(view.jobs):
+        out.print(Text(f"and {view.jobs_total - len(view.jobs):,} more jobs"))
     if view.error is not None and view.error.traceback:
         out.print(Text(render.clean(view.error.traceback)), soft_wrap=True)
     return _standing(view)

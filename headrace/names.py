@@ -73,6 +73,11 @@ def invocation_id(parent: str, position: int | str) -> str:
     return _digest(parent, str(position), size=10)
 
 
+def incident_id(site: str, began_at: float) -> str:
+    """Derive the id of the time from an instant on (epoch seconds) in which a site was not up: 16 characters."""
+    return _digest("incident", site, f"{began_at:.3f}", size=10)
+
+
 def content_version(content: bytes) -> str:
     """Return the version of a function: the first 12 hex digits of the SHA-256 of its code and options."""
     return hashlib.sha256(content).hexdigest()[:12]

@@ -26,6 +26,7 @@ from headrace.model import (
     Explanation,
     FunctionView,
     InvocationView,
+    JobView,
     Quote,
     Route,
     RouteExplanation,
@@ -172,20 +173,38 @@ def invocations_table(invocations: Iterable[InvocationView]) -> Table:
     """Return the invocations of a run, one per line."""
     table = _table("invocation", "function", "version", "state", ">tries", ">took", "worker", "error")
     for each in invocations:
-        took = None
-        if each.started_at is not None and each.ended_at is not None:
-            took = max(0.0, parse_instant(each.ended_at) - parse_instant(each.started_at))
         table.add_row(
             _id(each.invocation_id),
             _text(each.function),
             _text(each.version),
             _state(each.state),
             _text(each.attempts),
-            _text(seconds(took)),
+            _text(seconds(_between(each.started_at, each.ended_at))),
             _text(each.worker or ""),
             _text(one_line(each.error.message, 100) if each.error else ""),
         )
     return table
+
+
+def jobs_table(jobs: Iterable[JobView]) -> Table:
+    """Return the batch jobs of a run, one per line."""
+    table = _table("job", "site", "native id", "state", ">queued", ">ran", ">exit code", "why")
+    for job in jobs:
+        table.add_row(
+            _id(job.job_id),
+            _text(job.site),
+            _text(one_line(job.native_id or "", 40)),
+            _state(job.state),
+            _text(seconds(_between(job.submitted_at, job.started_at))),
+            _text(seconds(_between(job.started_at, job.ended_at))),
+            _text("" if job.exit_code is None else job.exit_code),
+            _text(one_line(job.error.message if job.error else job.reason, 100)),
+        )
+    return table
+
+
+def _between(earlier: str | None, later: str | None) -> float | None:
+    return None if earlier is None or later is None else max(0.0, parse_instant(later) - parse_instant(earlier))
 
 
 def dead_table(views: Iterable[DeadView]) -> Table:
@@ -311,19 +330,24 @@ def _said_of_route(route: RouteExplanation) -> Iterable[Text | Table]:
 
 def sites_table(views: Iterable[SiteView]) -> Table:
     """Return sites, one per line."""
-    table = _table("site", "kind", "status", ">GPUs free", ">jobs waiting", ">usual wait", "last seen")
+    table = _table("site", "kind", "status", ">nodes free", ">GPUs free", ">waiting", ">usual wait", "last seen", "why")
     for view in views:
-        total = view.gpus.get("total")
         table.add_row(
             _id(view.name),
             _text(view.kind),
             _state(view.status),
-            _text("" if total is None else f"{view.gpus.get('free', 0)} of {total}"),
+            _text(_free(view.nodes)),
+            _text(_free(view.gpus)),
             _text("" if view.queue.get("jobs") is None else int(view.queue["jobs"] or 0)),
             _text(seconds(view.queue.get("wait_p50_s"))),
             _text("" if view.last_seen_at is None else _moment(view.last_seen_at)),
+            _text(one_line(view.detail)),
         )
     return table
+
+
+def _free(counted: dict[str, int]) -> str:
+    return f"{counted.get('free', 0)} of {counted['total']}" if "total" in counted else ""
 
 
 def event_line(event: StreamEvent, *, with_run: bool) -> Text:
@@ -342,7 +366,11 @@ def _said(kind: str, data: dict[str, Any]) -> Text:
         return _text(f"{data.get('level', '')}: {str(data.get('text', '')).rstrip()}")
     if kind == "progress":
         return _text(one_line(f"{float(data.get('fraction') or 0.0):.0%} {data.get('note', '')}"))
-    line = _state(str(data.get("state", "")))
+    line = _state(str(data.get("status" if kind == "site" else "state", "")))
+    if kind == "site":
+        return line.append(one_line(f" {data.get('name', '')} {data.get('detail', '')}"))
+    if kind == "job":
+        return line.append(one_line(f" {data.get('job_id', '')} at {data.get('site', '')}"))
     name = data.get("function") if kind == "invocation" else data.get("route")
     line.append(f" {one_line(name)}" if name else "")
     if data.get("time_to_solution_s") is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import NotFound, RunCanceled, RunFailed
+from headrace.jobs import JobEnd, JobSpec
 from headrace.model import ErrorInfo, Event, Fidelity, InvocationState, RunState
 from headrace.sdk import function_name
 from headrace.wire import Effect
@@ -37,8 +38,22 @@ class Step:
 
 
 @dataclass
+class Job:
+    """One batch job that was submitted, when, and how it ended."""
+
+    job_id: str
+    parent_id: str | None
+    spec: JobSpec
+    end: JobEnd
+    at_s: float
+
+
+@dataclass
 class Trace:
-    """All that came of one event: its steps in the order they ran, its answer, and what it published and stored."""
+    """All that came of one event: its steps in the order they ran, its answer, and what it published and stored.
+
+    ``jobs`` are those that were submitted, in that order.
+    """
 
     run_id: str
     function: str
@@ -50,6 +65,7 @@ class Trace:
     error: ErrorInfo | None = None
     ended_s: float = 0.0
     steps: list[Step] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     emitted: list[Event] = field(default_factory=list)
     stored: dict[str, Path] = field(default_factory=dict)
 

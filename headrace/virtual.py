@@ -16,16 +16,33 @@ import msgspec
 
 from headrace.answers import value_of
 from headrace.binding import Binding
-from headrace.context import Context
+from headrace.context import Context, to_payload
 from headrace.errors import NotFound, TooLarge, UserError
 from headrace.failures import told, worth_another_try
+from headrace.joblog import JOB
+from headrace.jobs import JobEnd, JobSpec, failure
 from headrace.model import ErrorInfo, Event, Fidelity
 from headrace.names import invocation_id
 from headrace.sdk import declaration
-from headrace.trace import Step, Trace
-from headrace.wire import ITEMS, JSON, NOTHING, Call, Effect, Emit, EventMeta, Map, Payload, Slot, encode
+from headrace.trace import Job, Step, Trace
+from headrace.wire import (
+    ITEMS,
+    JSON,
+    NOTHING,
+    Call,
+    Effect,
+    Emit,
+    EventMeta,
+    Map,
+    Payload,
+    Slot,
+    Submit,
+    SubmitMany,
+    encode,
+)
 
 STEPS_MAX = 100_000
+SITE = "bench"  # where a job runs that names no site
 BEGIN = 1_767_225_600.0  # 2026-01-01: when every virtual run is accepted
 _FIRST_RETRY_S = 0.2
 _RETRY_S_MAX = 30.0
@@ -43,6 +60,9 @@ class Stage(Protocol):
     def store(self, content: Path | bytes) -> str:
         """Keep the bytes and return their URI."""
 
+    def job(self, spec: JobSpec) -> JobEnd:
+        """Return how a batch job ends."""
+
 
 class _Work(NamedTuple):
     """An invocation that waits; compared by its time and its turn."""
@@ -55,6 +75,7 @@ class _Work(NamedTuple):
     payload: Payload
     slot: Slot | None = None
     event: EventMeta | None = None
+    job: Submit | None = None
 
 
 class _Port:
@@ -123,13 +144,17 @@ class VirtualRun:
         payload: Payload,
         slot: Slot | None,
         event: EventMeta | None = None,
+        job: Submit | None = None,
     ) -> None:
         self._turns += 1
-        heapq.heappush(self._queue, _Work(at_s, self._turns, identity, parent_id, function, payload, slot, event))
+        heapq.heappush(self._queue, _Work(at_s, self._turns, identity, parent_id, function, payload, slot, event, job))
 
     # ------------------------------------------------------------ one invocation
 
     def _take(self, work: _Work) -> None:
+        if work.job is not None:
+            self._run_job(work, work.job)
+            return
         work, worth = self._on_rung(work)
         step = Step(work.invocation_id, work.parent_id, work.function, _shown(work.payload), work.at_s)
         step.fidelity = worth
@@ -150,6 +175,25 @@ class VirtualRun:
                 return
             pause_s = min(_RETRY_S_MAX, _FIRST_RETRY_S * 2.0 ** (step.attempts - 1))
             work = work._replace(at_s=work.at_s + pause_s)
+
+    def _run_job(self, work: _Work, job: Submit) -> None:
+        """End a batch job as the bench says, and go on with what follows it."""
+        spec = msgspec.json.decode(job.spec.body, type=JobSpec)
+        end = self._stage.job(spec)
+        end = msgspec.structs.replace(
+            end, job_id=end.job_id or work.invocation_id, site=end.site or next(iter(spec.sites), SITE)
+        )
+        self._trace.jobs.append(Job(work.invocation_id, work.parent_id, spec, end, work.at_s))
+        took = end.time_s
+        work = work._replace(at_s=work.at_s + took.stage_in + took.queue + took.run + took.stage_out)
+        result = to_payload(end)
+        completed = end.state == "completed"
+        function = job.then if completed else job.on_failure
+        if function is not None:
+            identity = invocation_id(work.invocation_id, "then" if completed else "failure")
+            self._put(work.at_s, identity, work.invocation_id, function, result, work.slot)
+        else:
+            self._fill(work, work.slot, *((result, None) if completed else (None, failure(end))))
 
     def _on_rung(self, work: _Work) -> tuple[_Work, Fidelity | None]:
         """Return the work as the variant does it that was asked for, and what that is worth."""
@@ -188,25 +232,22 @@ class VirtualRun:
 
     def _check(self, effect: Effect) -> None:
         """Refuse an effect that names a function which is not there, before any of the effects counts."""
-        if isinstance(effect, Emit):
-            return
-        for name in (effect.function, effect.then if isinstance(effect, Map) else None):
+        for name in _named_by(effect):
             if name is not None:
                 try:
                     self._stage.binding(name)
                 except NotFound as error:
-                    raise UserError(
-                        f"{'map' if isinstance(effect, Map) else 'call'}: {error}", hint=error.hint, transient=False
-                    ) from error
+                    what = type(effect).__struct_config__.tag
+                    raise UserError(f"{what}: {error}", hint=error.hint, transient=False) from error
 
     # ------------------------------------------------------------ what follows from it
 
     def _commit(self, work: _Work, effects: list[Effect], result: Payload) -> None:
-        branches: list[tuple[int, Call | Map]] = []
+        branches: list[tuple[int, Call | Map | Submit | SubmitMany]] = []
         for position, effect in enumerate(effects):
             if isinstance(effect, Emit):
                 self._emit(work, effect, position)
-            elif isinstance(effect, Call) or effect.payloads or effect.then is not None:
+            elif isinstance(effect, Call | Submit) or _members(effect) or effect.then is not None:
                 branches.append((position, effect))
         if not branches:
             self._fill(work, work.slot, result, None)
@@ -217,21 +258,29 @@ class VirtualRun:
                 slot = Slot(scope=scope, index=index, size=len(branches), parent=work.slot)
             self._start(work, effect, position, slot)
 
-    def _start(self, work: _Work, effect: Call | Map, position: int, slot: Slot | None) -> None:
+    def _start(self, work: _Work, effect: Call | Map | Submit | SubmitMany, position: int, slot: Slot | None) -> None:
         parent = work.invocation_id
+        if isinstance(effect, Submit):
+            identity = invocation_id(parent, position)
+            self._put(work.at_s, identity, parent, JOB, effect.spec, slot, job=effect)
+            return
         if isinstance(effect, Call):
             at_s = work.at_s + effect.delay_s
             self._put(at_s, invocation_id(parent, position), parent, effect.function, effect.payload, slot)
             return
-        if not effect.payloads and effect.then is not None:
+        members = _members(effect)
+        if not members and effect.then is not None:
             self._put(work.at_s, invocation_id(parent, position), parent, effect.then, _listed([]), slot)
             return
         scope = invocation_id(parent, f"map-{position}")
-        for index, payload in enumerate(effect.payloads):
-            member = Slot(
-                scope=scope, index=index, size=len(effect.payloads), then=effect.then, parent=slot, opened_by=parent
-            )
-            self._put(work.at_s, invocation_id(scope, index), parent, effect.function, payload, member)
+        for index, payload in enumerate(members):
+            place = Slot(scope=scope, index=index, size=len(members), then=effect.then, parent=slot, opened_by=parent)
+            identity = invocation_id(scope, index)
+            if isinstance(effect, Map):
+                self._put(work.at_s, identity, parent, effect.function, payload, place)
+            else:
+                job = Submit(spec=payload, on_failure=effect.on_failure)
+                self._put(work.at_s, identity, parent, JOB, payload, place, job=job)
 
     def _emit(self, work: _Work, effect: Emit, position: int) -> None:
         self._trace.emitted.append(
@@ -275,6 +324,23 @@ class VirtualRun:
                 trace.answered, trace.answer = True, value_of(result)
         else:
             trace.state = "canceled" if error.kind == "deadline" else "failed"
+
+
+def _members(effect: Map | SubmitMany) -> list[Payload]:
+    return effect.payloads if isinstance(effect, Map) else effect.specs
+
+
+def _named_by(effect: Effect) -> tuple[str | None, ...]:
+    """Return the functions that an effect names."""
+    match effect:
+        case Call():
+            return (effect.function,)
+        case Map():
+            return (effect.function, effect.then)
+        case Submit() | SubmitMany():
+            return (effect.then, effect.on_failure)
+        case _:
+            return ()
 
 
 def _of_scope(scope: _Scope, size: int) -> ErrorInfo:

@@ -1,7 +1,8 @@
 """``headrace demo``: real triggers in, the right answers out, before their deadlines.
 
 Deploys the example functions to a running platform, uploads their inputs, sends every trigger, waits for the answers
-and compares each with the one that is known. It uses the public client only: what it does, any user can do.
+and compares each with the one that is known; a ``Show`` says which. It uses the public client only: what it does, any
+user can do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from headrace.clock import format_instant
 from headrace.errors import Conflict, RunFailed
 from headrace.handle import AsyncRun
 from headrace.model import Event, RunView, TimeLedger
-from infra.demo_triggers import FUNCTION_FILES, Trigger, inputs, triggers
+from infra.demo_triggers import EVERYTHING, Show, Trigger
 
 ANSWER_WAIT_S = 75.0  # longer than any deadline here, so that a late answer is seen as late
 PLAIN_WIDTH = 160  # of the table where the output is no terminal
@@ -43,7 +44,7 @@ class Result:
         return not self.fault and self.view.deadline_met is True
 
 
-async def demo(url: str, token: str, *, console: Console | None = None) -> bool:
+async def demo(url: str, token: str, *, show: Show = EVERYTHING, console: Console | None = None) -> bool:
     """Run the demo on a platform, print its table, and return whether every answer was right and on time.
 
     Raises:
@@ -51,14 +52,14 @@ async def demo(url: str, token: str, *, console: Console | None = None) -> bool:
     """
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     async with AsyncClient(url, token) as client:
-        names = [view.name for path in FUNCTION_FILES for view in await client.deploy(path)]
-        console.print(f"Deployed {len(names)} functions from {len(FUNCTION_FILES)} files: {', '.join(names)}.")
-        files = inputs()
+        names = [view.name for path in show.files for view in await client.deploy(path)]
+        console.print(f"Deployed {len(names)} functions from {len(show.files)} files: {', '.join(names)}.")
+        files = show.inputs()
         uris = dict(zip(files, await asyncio.gather(*map(client.upload, files.values())), strict=True))
         size = sum(path.stat().st_size for path in files.values())
         console.print(f"Uploaded {len(uris)} inputs, {size / 1e6:.1f} MB.")
         began = time.perf_counter()
-        sent, repeated = await send(client, triggers(uris))
+        sent, repeated = await send(client, show.triggers(uris))
         console.print(f"Sent {len(sent)} triggers, and one of them a second time.")
         results = await asyncio.gather(*(outcome(trigger, run) for trigger, run in sent))
         took_s = time.perf_counter() - began

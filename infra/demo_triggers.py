@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ EXAMPLES = Path(examples.__file__).parent
 DATA = EXAMPLES / "data"
 FUNCTION_FILES = tuple(
     EXAMPLES / f"{name}.py"
-    for name in ("fusion", "crystallography", "indexing", "molecular_dynamics", "alerts", "pointing")
+    for name in ("fusion", "crystallography", "indexing", "molecular_dynamics", "alerts", "pointing", "md_campaign")
 )
+STATE = DATA / "molecular_dynamics/state_0042.npz"
 SHOTS = (900001, 900002)
 RESAMPLES = 3000  # some seconds for 128 points, and some tenths for 32
 HURRY = "8s"  # no time for all of them
@@ -42,6 +43,17 @@ class Near:
             isinstance(x, int | float) and math.isclose(x, y, rel_tol=0.0, abs_tol=self.tolerance)
             for x, y in zip(given, wanted, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class Begins:
+    """A text of which only the beginning is known."""
+
+    value: str
+
+    def meets(self, found: object) -> bool:
+        """Return whether ``found`` is a text that begins so and goes on."""
+        return isinstance(found, str) and found.startswith(self.value) and len(found) > len(self.value)
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,8 @@ class Trigger:
         """
         for path, wanted in self.lesser.get(level, self.expected).items():
             found = part(answer, path)
-            if not (wanted.meets(found) if isinstance(wanted, Near) else found == wanted):
-                shown = wanted.value if isinstance(wanted, Near) else wanted
+            if not (wanted.meets(found) if isinstance(wanted, Near | Begins) else found == wanted):
+                shown = wanted.value if isinstance(wanted, Near | Begins) else wanted
                 return f"{path} is {found!r}, but should be {shown!r}"
         return ""
 
@@ -98,6 +110,7 @@ def inputs() -> dict[str, Path]:
     return {f"shot_{number}": DATA / f"fusion/shot_{number}.npz" for number in SHOTS} | {
         "run0001": DATA / "crystallography/run0001.npz",
         "configuration": DATA / "molecular_dynamics" / known["periodic4"]["file"],
+        "state": STATE,
     }
 
 
@@ -109,6 +122,7 @@ def triggers(uris: Mapping[str, str]) -> list[Trigger]:
         _run_stop(uris["run0001"]),
         *(_energy(cutoff, uris["configuration"]) for cutoff in (3, 4)),
         _dynamics(),
+        campaign(uris["state"], gpus=0),
         *(_notice(name, expected) for name, expected in _known("notices/expected.json").items()),
     ]
 
@@ -224,6 +238,33 @@ def _dynamics() -> Trigger:
     )
 
 
+def campaign(uri: str, *, gpus: int, cells: int = 4, deadline: str | None = None) -> Trigger:
+    """Return the end of a run that is followed by a simulation at a site; ``uri`` is that of the ``STATE``.
+
+    Args:
+        uri: where the state was uploaded to.
+        gpus: for the simulation.
+        cells: along each axis of its lattice, four particles in each.
+        deadline: of the event; the route's if not given.
+    """
+    known = _known("molecular_dynamics/reference.json")["nve"]
+    on = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "no GPU"
+    return Trigger(
+        title=f"run 42, {4 * cells**3} particles, {on}",
+        route="md_campaign",
+        type=f"{_TYPE}.md.run.stop",
+        data={"run": "42", "uri": uri, "gpus": gpus, "cells": cells},
+        expected={
+            "energy": Near(known["energy_per_particle"], 0.01),
+            "agrees": True,
+            "off.#": 0,
+            "failed": "",
+            "figure": Begins("blob:"),
+        },
+        deadline=deadline,
+    )
+
+
 def _notice(name: str, known: Mapping[str, Any]) -> Trigger:
     body = (DATA / "notices" / name).read_bytes()
     expected: dict[str, object] = {"action": known["action"]}
@@ -243,3 +284,15 @@ def _notice(name: str, known: Mapping[str, Any]) -> Trigger:
         content_type=None if is_json else "application/xml",
         by_name=not is_json,
     )
+
+
+@dataclass(frozen=True)
+class Show:
+    """What a demo deploys, uploads and sends: ``triggers`` is given where each of the ``inputs`` went."""
+
+    files: Sequence[Path]
+    inputs: Callable[[], Mapping[str, Path]]
+    triggers: Callable[[Mapping[str, str]], Sequence[Trigger]]
+
+
+EVERYTHING = Show(FUNCTION_FILES, inputs, triggers)

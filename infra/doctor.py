@@ -20,16 +20,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 import msgspec
 from msgspec import Struct
 
+from functions.sites import SILENT
 from headrace import groups
 from headrace.clock import parse_instant
 from headrace.errors import HeadraceError
-from headrace.model import Audit
+from headrace.model import Audit, SiteView
 from infra.embedded import monitor
 from infra.programs import nats_program, redis_program
 from infra.settings import MIB, Settings
@@ -37,6 +38,8 @@ from infra.staging import FREE_BYTES_MIN, SHARED_MEMORY
 from infra.up import Servers
 from streams.topology import DEFAULT_TENANT, LANES, STREAM, lane_of
 from workers.watch import LOOK_S
+
+T = TypeVar("T")
 
 PYTHON_MIN = (3, 11)
 NATS_MIN = (2, 15)
@@ -57,6 +60,10 @@ class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: Literal["ok", "warning", "failed"]
     detail: str
     cure: str = ""
+
+
+class _Sites(Struct):
+    sites: list[SiteView]
 
 
 Check = Callable[[Settings], Awaitable[Iterable[Finding]]]
@@ -268,19 +275,45 @@ async def _gateway(settings: Settings) -> Iterable[Finding]:
     return [_ok("platform", f"{url} takes triggers")]
 
 
-async def _audit(settings: Settings) -> Iterable[Finding]:
-    url = _read_url(settings)
-    if not url:
-        return []
+async def _asked(settings: Settings, path: str, kind: type[T]) -> T | None:
+    """Return what the platform tells of itself, None where it does not."""
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S)) as session,
-            session.get(f"{url}/v1/audit", headers={"Authorization": f"Bearer {settings.token()}"}) as response,
+            session.get(
+                _read_url(settings) + path, headers={"Authorization": f"Bearer {settings.token()}"}
+            ) as response,
         ):
             said = await response.read()
-        found = msgspec.json.decode(said, type=Audit) if response.status == 200 else None
+        return msgspec.json.decode(said, type=kind) if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, ValueError, HeadraceError):
-        found = None
+        return None
+
+
+async def _sites(settings: Settings) -> Iterable[Finding]:
+    if not _read_url(settings):
+        return []
+    found = await _asked(settings, "/v1/sites", _Sites)
+    if found is None or not found.sites:
+        return []
+    return [site_finding(site) for site in found.sites]
+
+
+def site_finding(site: SiteView) -> Finding:
+    """Return how a site is, and what to do where it is not up."""
+    gpus = f", {site.gpus['free']} of {site.gpus['total']} GPUs free" if site.gpus.get("total") else ""
+    detail = f"{site.name} ({site.kind}) is {site.status}{f': {site.detail}' if site.detail else ''}{gpus}"
+    if site.status == "up":
+        return _ok("site", detail)
+    if site.detail == SILENT:
+        return _warning("site", detail, f"Is `headrace agent --site {site.name}` running, and does it reach the log?")
+    return _warning("site", detail, "Its batch system says more: its nodes, its queue, its controller.")
+
+
+async def _audit(settings: Settings) -> Iterable[Finding]:
+    if not _read_url(settings):
+        return []
+    found = await _asked(settings, "/v1/audit", Audit)
     if found is None:
         return [
             _warning("runs", "nobody audited them yet", "Wait a moment; if it stays so, look into logs/ledger.log.")
@@ -399,5 +432,6 @@ CHECKS: tuple[Check, ...] = (
     _rights,
     _gateway,
     _audit,
+    _sites,
     _log,
 )

@@ -15,6 +15,7 @@ ADMIN = "admin"
 GATEWAY = "gateway"
 WORKER = "worker"
 LEDGER = "ledger"
+AGENT = "agent"
 SYSTEM = "sys"
 
 
@@ -25,7 +26,23 @@ class Rights(NamedTuple):
     subscribe: tuple[str, ...] = ()
 
 
-_TABLES = tuple(f"KV_{bucket}" for bucket in BUCKETS)
+def _read_tables(*buckets: str) -> tuple[str, ...]:
+    """Return what following these tables takes."""
+    return tuple(
+        subject
+        for table in (f"KV_{bucket}" for bucket in buckets)
+        for subject in (
+            f"$JS.API.STREAM.INFO.{table}",
+            f"$JS.API.DIRECT.GET.{table}",
+            f"$JS.API.DIRECT.GET.{table}.>",
+            f"$JS.API.CONSUMER.CREATE.{table}",
+            f"$JS.API.CONSUMER.CREATE.{table}.>",
+            f"$JS.API.CONSUMER.INFO.{table}.*",
+            f"$JS.API.CONSUMER.DELETE.{table}.*",
+            f"$JS.FC.{table}.>",
+        )
+    )
+
 
 # Looking at a stream, reading single messages, and reading in order through a consumer of one's own.
 _READ_LOG = (
@@ -38,20 +55,7 @@ _READ_LOG = (
     f"$JS.API.CONSUMER.DELETE.{STREAM}.*",
     f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.*",
 )
-_READ_TABLES = tuple(
-    subject
-    for table in _TABLES
-    for subject in (
-        f"$JS.API.STREAM.INFO.{table}",
-        f"$JS.API.DIRECT.GET.{table}",
-        f"$JS.API.DIRECT.GET.{table}.>",
-        f"$JS.API.CONSUMER.CREATE.{table}",
-        f"$JS.API.CONSUMER.CREATE.{table}.>",
-        f"$JS.API.CONSUMER.INFO.{table}.*",
-        f"$JS.API.CONSUMER.DELETE.{table}.*",
-        f"$JS.FC.{table}.>",
-    )
-)
+_READ_TABLES = _read_tables(*BUCKETS)
 _LOOK_AT_LANES = f"$JS.API.CONSUMER.LIST.{STREAM}"
 # Who shares the platform is for the admin to say: a gateway only knows their tokens' digests.
 _REGISTER = ("$KV.functions.>", "$KV.versions.>", "$KV.routes.>")
@@ -69,6 +73,7 @@ RIGHTS: dict[str, Rights] = {
             "hr.thread.>",
             "hr.newest.*",
             "hr.replay.*",
+            "hr.report.>",
         ),
         subscribe=("hr.done.>", "hr.end.*", "hr.cancel.>"),
     ),
@@ -77,6 +82,7 @@ RIGHTS: dict[str, Rights] = {
             *_READ_LOG,
             *_READ_TABLES,
             "hr.work.>",
+            "hr.job.>",
             "hr.done.>",
             "hr.end.*",
             "hr.tally.>",
@@ -90,6 +96,26 @@ RIGHTS: dict[str, Rights] = {
             f"$JS.API.CONSUMER.INFO.{STREAM}.*",
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",
+        ),
+    ),
+    # It makes the consumer of its site itself, as anyone may who reads; it takes no work from lanes.
+    AGENT: Rights(
+        publish=(
+            *_READ_LOG,
+            *_read_tables("forecasts", "sites"),
+            "hr.work.>",
+            "hr.job.>",
+            "hr.done.>",
+            "hr.end.*",
+            "hr.tally.>",
+            "hr.lease.>",
+            "hr.submit.>",
+            "hr.start.>",
+            "hr.try.>",
+            "hr.note.>",
+            f"$JS.ACK.{STREAM}.>",
+            f"$JS.ACK.*.*.{STREAM}.>",
+            "$KV.sites.>",
         ),
     ),
     LEDGER: Rights(publish=(*_READ_LOG, *_READ_TABLES, _LOOK_AT_LANES, "$KV.forecasts.>")),

@@ -33,7 +33,17 @@ from streams.follow import follow
 from streams.link import Link
 from streams.log import AlreadyThere, Log, Record
 from streams.tables import Table, Tables
-from streams.topology import DEFAULT_TENANT, LANES, LaneOf, cancel_subject, lane_of, work_subject
+from streams.topology import (
+    DEFAULT_TENANT,
+    LANES,
+    LaneOf,
+    cancel_subject,
+    done_subject,
+    job_subject,
+    lane_of,
+    run_of,
+    work_subject,
+)
 
 TOKENS_MAX = 16
 HEARD_S = 1.0  # after which every gateway and worker has heard of a change of the table
@@ -135,9 +145,10 @@ class Admin:
         work = (await self._work()).get(name)
         if row is None and work is None:
             raise _unknown(name)
-        if work and not force:
+        busy = (work or 0) + len(await self._jobs(name))
+        if busy and not force:
             raise Conflict(
-                f"{work:,} invocations of {name} wait or run",
+                f"{busy:,} invocations and jobs of {name} wait or run",
                 hint="Wait until they have ended, or add --force: then their runs are canceled.",
             )
         if row is not None and row.digests:
@@ -167,20 +178,38 @@ class Admin:
         return found
 
     async def _cancel_open(self, name: str) -> int:
-        """Cancel all runs of which work is not acknowledged, and return how many."""
+        """Cancel all runs of which work is not acknowledged or a batch job has not ended, and return how many."""
         wanted = {LaneOf(lane, name) for lane in range(LANES)}
         lanes = [i for n, i in (await topology.consumers(self._link.jetstream())).items() if lane_of(n) in wanted]
         open_lanes = [info for info in lanes if info.num_pending or info.num_ack_pending]
-        if not open_lanes:
-            return 0
-        after = min(0 if info.ack_floor is None else info.ack_floor.stream_seq for info in open_lanes)
-        runs = list(dict.fromkeys([run async for run in self._runs_after(name, after)]))
+        found = {run: None for run, _ in await self._jobs(name)}
+        if open_lanes:
+            after = min(0 if info.ack_floor is None else info.ack_floor.stream_seq for info in open_lanes)
+            found |= {run: None async for run, _ in self._after(work_subject("*", name, "*", "*"), after)}
+        runs = sorted(found)
         for start in range(0, len(runs), CANCELS_AT_ONCE):
             await asyncio.gather(*(self._cancel(run) for run in runs[start : start + CANCELS_AT_ONCE]))
         return len(runs)
 
-    async def _runs_after(self, name: str, after: int) -> AsyncIterator[str]:
-        subject = work_subject("*", name, "*", "*")
+    async def _jobs(self, name: str) -> set[tuple[str, str]]:
+        """Return the batch jobs (run, job) that have not ended, in runs that are not canceled.
+
+        The message of a job is acknowledged once its site has it, so no consumer tells of those.
+        """
+        asked = {one: None async for one in self._after(job_subject("*", name, "*", "*"), 0)}
+        found: set[tuple[str, str]] = set()
+        every = tuple(asked)
+        for start in range(0, len(every), CANCELS_AT_ONCE):
+            some = every[start : start + CANCELS_AT_ONCE]
+            ended = await self._log.last_of_each([done_subject(run, job) for run, job in some])
+            canceled = await self._log.last_of_each([*{cancel_subject(run, "*") for run, _ in some}])
+            over = {tuple(stored.subject.split(".")[2:4]) for stored in ended}
+            gone = {run_of(stored.subject) for stored in canceled}
+            found |= {(run, job) for run, job in some if (run, job) not in over and run not in gone}
+        return found
+
+    async def _after(self, subject: str, after: int) -> AsyncIterator[tuple[str, str]]:
+        """Yield run and invocation of all work of a subject behind a place in the log."""
         newest = await self._log.last(subject)
         end = 0 if newest is None else newest.seq
         if end <= after:
@@ -188,7 +217,8 @@ class Admin:
         async with aclosing(follow(self._log, [subject], after=after, idle_s=SCAN_IDLE_S)) as batches:
             async for batch in batches:
                 for stored in batch:
-                    yield stored.subject.split(".")[4]
+                    _, _, _, _, run, identity = stored.subject.split(".")
+                    yield run, identity
                 if batch and batch[-1].seq >= end:
                     return
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from headrace.errors import TooLarge, Unavailable
+from headrace.joblog import SiteRecord
 from headrace.model import Audit, RunPage, RunView
 from headrace.wire import ForecastRow, FunctionRecord, RouteRecord, TenantRecord
 from streams.log import READ_MANY_MAX, AlreadyThere, Record
@@ -190,6 +191,7 @@ class MemoryTables:
     routes: MemoryTable[RouteRecord] = field(default_factory=MemoryTable)
     tenants: MemoryTable[TenantRecord] = field(default_factory=MemoryTable)
     forecasts: MemoryTable[ForecastRow] = field(default_factory=MemoryTable)
+    sites: MemoryTable[SiteRecord] = field(default_factory=MemoryTable)
 
 
 class MemoryReader:

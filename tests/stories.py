@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from functions.admission import UNKNOWN, Admitted, admit, body_digest
-from functions.effects import Attempted, World, fail, succeed
+from functions.effects import succeed
 from functions.lessons import Lessons
+from functions.outcomes import Attempted, World, fail
 from headrace.model import ErrorInfo, FunctionOptions, Quote, Route
 from headrace.wire import Effect, EventMeta, FunctionRecord, Invocation, Payload, RouteRecord, decode
 from streams.log import Record

@@ -20,7 +20,7 @@ from infra.embedded import NatsServer, RedisServer
 from infra.rights import LEDGER
 from infra.settings import Settings
 from streams import audit
-from streams.audit import RunFacts, confirmed, examine
+from streams.audit import Place, RunFacts, confirmed, examine
 from streams.auditor import Auditor
 from streams.ledger import OPEN, POSITION, Writer
 from streams.link import open_link
@@ -30,7 +30,7 @@ from streams.topology import DEFAULT_TENANT, LANES, STREAM, LaneOf, cancel_subje
 from tests.doors import TOKEN, Doors
 from tests.stories import children, failure, stored, success, trigger
 
-FLOORS = {LaneOf(lane, DEFAULT_TENANT): 0 for lane in range(LANES)}
+FLOORS: dict[Place, int] = {LaneOf(lane, DEFAULT_TENANT): 0 for lane in range(LANES)}
 SECOND, THIRD, FOURTH = (LaneOf(lane, DEFAULT_TENANT) for lane in (2, 3, 4))
 
 # ---------------------------------------------------------------- one run, judged

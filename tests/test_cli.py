@@ -170,7 +170,9 @@ def test_deploy_prints_name_and_version_of_each_function_and_the_routes(near: Up
     routes = {view["name"]: view["route"] for view in run("routes", "--json").json["routes"]}
     assert routes["cli_double"] == {"function": "cli_double", "deadline": "60s"}
     assert "triggers by its name" in run("routes").out
-    assert "sites" in run("sites", "--json").json
+    (site,) = run("sites", "--json").json["sites"]
+    assert (site["name"], site["kind"], site["status"]) == ("local", "local", "up")
+    assert re.search(r"local\s+local\s+up", run("sites").out)
 
 
 def test_a_file_that_cannot_be_loaded_is_told_with_the_users_own_frames_and_ends_with_2(

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from functions import effects
-from functions.effects import Attempted, World
+from functions import effects, outcomes
+from functions.outcomes import Attempted, World
 from headrace.model import DeadPage, ErrorInfo, FunctionOptions, Replaying, RunView
 from headrace.names import invocation_id
 from headrace.wire import FunctionRecord, Invocation, Map, Payload, decode
@@ -51,8 +51,8 @@ def die(door: Door, work: Invocation, *messages: str) -> None:
     """Fail once per message, and be given up on with the last."""
     for number, message in enumerate(messages[:-1], 1):
         error = ErrorInfo(kind="user", message=message)
-        put(door, [effects.failed_attempt(work, tried(number), error, time.time())])
-    put(door, effects.fail(work, tried(len(messages)), ErrorInfo(kind="timeout", message=messages[-1]))[1])
+        put(door, [outcomes.failed_attempt(work, tried(number), error, time.time())])
+    put(door, outcomes.fail(work, tried(len(messages)), ErrorInfo(kind="timeout", message=messages[-1]))[1])
 
 
 async def dead_run(door: Door, body: object = None, route: str = "r") -> Invocation:

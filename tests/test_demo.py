@@ -11,7 +11,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from functions.examples import alerts, crystallography, fusion, indexing, molecular_dynamics, pointing
+from functions.examples import alerts, crystallography, fusion, indexing, md_campaign, molecular_dynamics, pointing
 from headrace.client import AsyncClient
 from headrace.model import (
     AnswerLinks,
@@ -35,13 +36,15 @@ from headrace.model import (
 )
 from headrace.testing import Bench
 from infra import demo
-from infra.demo_triggers import FUNCTION_FILES, Near, Trigger, inputs, part, triggers
+from infra.demo_triggers import EVERYTHING, EXAMPLES, FUNCTION_FILES, Near, Trigger, inputs, part, triggers
 from infra.settings import Settings
+from infra.slurm.cluster import missing
 from infra.up import Platform
 from tests.processes import alive, descendants, wait_until
+from tests.sites import Here
 
 TRIGGERS = triggers({name: path.as_uri() for name, path in inputs().items()})
-SLOW = ("lj_dynamics", "run_stopped")
+SLOW = ("lj_dynamics", "run_stopped", "md_campaign")
 QUICK = [trigger for trigger in TRIGGERS if trigger.route not in SLOW and trigger.deadline is None]
 (HURRIED,) = [trigger for trigger in TRIGGERS if trigger.deadline is not None]
 
@@ -50,9 +53,15 @@ QUICK = [trigger for trigger in TRIGGERS if trigger.route not in SLOW and trigge
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, Any]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The answer of the example functions to each trigger."""
-    bench = Bench(fusion, crystallography, indexing, molecular_dynamics, alerts, pointing)
+    modules = (fusion, crystallography, indexing, molecular_dynamics, alerts, pointing, md_campaign)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))  # as where they are deployed
+        yield _answers(Here(tmp_path_factory.mktemp("jobs"), *modules).bench)
+
+
+def _answers(bench: Bench) -> dict[str, Any]:
     found = {}
     for trigger in TRIGGERS:
         event = Event(
@@ -215,21 +224,21 @@ async def platform(tmp_path: Path) -> AsyncIterator[Platform]:
         yield started
 
 
-async def test_one_wrong_answer_makes_the_demo_fail_and_is_told(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def only_quick(uris: dict[str, str]) -> list[Trigger]:
+async def test_one_wrong_answer_makes_the_demo_fail_and_is_told(platform: Platform) -> None:
+    def only_quick(uris: Mapping[str, str]) -> list[Trigger]:
         return [trigger for trigger in triggers(uris) if trigger.title in {quick.title for quick in QUICK}]
 
-    def one_wrong(uris: dict[str, str]) -> list[Trigger]:
+    def one_wrong(uris: Mapping[str, str]) -> list[Trigger]:
         first, *others = only_quick(uris)
         return [dataclasses.replace(first, expected={"flagged": False}), *others]
 
-    monkeypatch.setattr(demo, "triggers", only_quick)
-    assert await demo.demo(platform.url, platform.token, console=Console(file=io.StringIO())) is True
-    monkeypatch.setattr(demo, "triggers", one_wrong)
+    async def shows(chosen: Callable[[Mapping[str, str]], list[Trigger]], file: io.StringIO) -> bool:
+        show = dataclasses.replace(EVERYTHING, triggers=chosen)
+        return await demo.demo(platform.url, platform.token, show=show, console=Console(file=file, width=160))
+
+    assert await shows(only_quick, io.StringIO()) is True
     shown = io.StringIO()
-    assert await demo.demo(platform.url, platform.token, console=Console(file=shown, width=160)) is False
+    assert await shows(one_wrong, shown) is False
 
     assert "flagged is True, but should be False" in shown.getvalue()
     assert f"{len(QUICK) - 1} of {len(QUICK)} answers were right and on time" in shown.getvalue()
@@ -275,6 +284,17 @@ async def test_the_demo_answers_everything_right_stays_when_asked_and_leaves_not
         assert process.returncode == 0, shown + rest
     wait_until(lambda: not any(alive(pid) for pid in started))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_simulation_in_the_queue_of_a_slurm_is_right_and_on_time() -> None:
+    if names := missing():
+        pytest.skip(f"needs Slurm, without {', '.join(names)}: apt-get install slurm-wlm munge")
+    with tempfile.TemporaryDirectory() as folder, demo_process(Path(folder), "--slurm") as process:  # a short path
+        shown, _ = process.communicate(timeout=150)
+        assert process.returncode == 0, shown
+        assert "4 of 4 answers were right and on time" in shown
+        assert "4 jobs, of which Slurm's own records miss 0, and hold 0 others." in shown
+        assert list(Path(folder).iterdir()) == []
 
 
 def _until_ready(process: subprocess.Popen[str]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
-from functions import effects
-from functions.effects import Attempted
+from functions import effects, outcomes
+from functions.outcomes import Attempted
 from headrace.errors import UserError
 from headrace.model import ErrorInfo, EventFilter, FunctionOptions, Route
 from headrace.wire import (
@@ -46,7 +46,7 @@ ROOT = Invocation(
     deadline=160.0,
 )
 
-WORLD = effects.World(function=KNOWN.get, routes=ROUTES, now=105.0)
+WORLD = outcomes.World(function=KNOWN.get, routes=ROUTES, now=105.0)
 
 
 def succeed(
@@ -168,20 +168,20 @@ def test_a_chain_without_end_is_stopped_with_a_clear_error() -> None:
 
 def test_a_failed_invocation_ends_a_run_without_branches_and_fills_its_slot_otherwise() -> None:
     error = ErrorInfo(kind="user", message="no")
-    outcome, _ = effects.fail(ROOT, TRIED, error)
+    outcome, _ = outcomes.fail(ROOT, TRIED, error)
     assert outcome.end is not None
     assert (outcome.state, outcome.end.state, outcome.end.error) == ("dead", "failed", error)
     slot = Slot(scope="s", index=0, size=2)
-    outcome, _ = effects.fail(structs.replace(ROOT, slot=slot), TRIED, error)
+    outcome, _ = outcomes.fail(structs.replace(ROOT, slot=slot), TRIED, error)
     assert outcome.end is None
     assert outcome.slot == slot
 
 
 def test_the_parts_of_the_time_ledger_sum_to_the_whole() -> None:
-    first = effects.spent(ROOT, TRIED)
+    first = outcomes.spent(ROOT, TRIED)
     assert (first.gateway_s, first.lane_s, first.run_s) == (1.0, 1.0, 3.0)
     child = structs.replace(ROOT, parent_id="root", sent_at=105.0, spent=first)
     later = Attempted(attempt=1, worker="w", queued_at=105.5, started_at=107.0, ended_at=110.0)
-    whole = effects.spent(child, later)
+    whole = outcomes.spent(child, later)
     assert whole.commit_s == 0.5
     assert whole.total_s() == pytest.approx(110.0 - ROOT.accepted_at)

@@ -14,19 +14,21 @@ import textwrap
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import nats.errors
 import pytest
 import redis.asyncio
 
+from headrace.joblog import SiteRecord
 from infra import embedded, programs
 from infra.embedded import NatsServer, RedisServer
 from infra.logfile import LogFile
 from infra.process import Child, NotStarted
-from infra.rights import ADMIN, GATEWAY, LEDGER, RIGHTS, SYSTEM, WORKER
+from infra.rights import ADMIN, AGENT, GATEWAY, LEDGER, RIGHTS, SYSTEM, WORKER
 from infra.staging import Staging
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log, Record
-from streams.tables import open_tables
+from streams.tables import Table, open_tables
 from tests.processes import alive, command_line, until
 
 
@@ -145,9 +147,38 @@ async def test_gateway_worker_and_ledger_can_do_their_work(nats_server: NatsServ
     assert said == []
 
 
+async def test_the_agent_of_a_site_can_do_its_work_and_reads_no_other_table(
+    nats_server: NatsServer, link: Link
+) -> None:
+    opened, said = await _role(nats_server, AGENT)
+    async with asyncio.timeout(20):  # what is not allowed is never answered
+        await topology.ensure_site(opened, "lab")
+        table = Table(opened, "sites", SiteRecord)
+        await table.open()
+        await table.put("lab", SiteRecord(name="lab", kind="local", at=1.0, since=1.0))
+        assert await table.fetch("lab") is not None
+        log = Log(opened)
+        await log.start()
+        await log.append([Record(topology.submit_subject("run", "job", 1, "lab"), b"x")])
+        assert await log.last(topology.submit_subject("run", "*", "*", "lab")) is not None
+    assert said == []
+    with pytest.raises(nats.errors.TimeoutError):
+        await opened.jetstream(timeout_s=0.5).key_value("tenants")
+    await log.close()
+    await table.close()
+    await opened.close()
+
+
 @pytest.mark.parametrize(
     ("role", "subject"),
     [
+        (AGENT, "hr.cancel.run.user"),
+        (AGENT, "hr.newest.key"),
+        (AGENT, "hr.report.run.job.lab"),
+        (AGENT, "$KV.functions.mine"),
+        (AGENT, "$KV.forecasts.mine"),
+        (AGENT, f"$JS.API.STREAM.UPDATE.{topology.STREAM}"),
+        (AGENT, f"$JS.API.STREAM.MSG.DELETE.{topology.STREAM}"),
         (GATEWAY, "hr.done.run.inv"),
         (GATEWAY, "hr.tally.run.scope"),
         (GATEWAY, f"$JS.API.STREAM.DELETE.{topology.STREAM}"),

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from functions.examples import alerts, crystallography, fusion, indexing, molecular_dynamics, pointing
+from functions.examples import alerts, crystallography, fusion, indexing, md_campaign, molecular_dynamics, pointing
 from headrace.errors import RunFailed
 from headrace.sdk import declaration
 from headrace.testing import Bench
 
 EXAMPLES = Path(fusion.__file__).parent
 DATA = EXAMPLES / "data"
-MODULES: list[ModuleType] = [fusion, crystallography, indexing, molecular_dynamics, alerts, pointing]
+MODULES: list[ModuleType] = [fusion, crystallography, indexing, molecular_dynamics, alerts, pointing, md_campaign]
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     found.name: fn for module in MODULES for fn in vars(module).values() if (found := declaration(fn)) is not None
 }
@@ -61,7 +61,7 @@ def test_an_example_imports_nothing_of_ours_but_headrace(module: ModuleType) -> 
 
 def test_every_route_of_an_example_has_a_filter_and_a_deadline() -> None:
     routes = [route for fn in FUNCTIONS.values() if (found := declaration(fn)) for route in found.routes.values()]
-    assert len(routes) == 5
+    assert len(routes) == 6
     assert all(route.deadline is not None and route.filter is not None for route in routes)
 
 

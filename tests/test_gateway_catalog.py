@@ -100,7 +100,7 @@ async def test_a_function_that_is_not_there_is_a_404(door: Door) -> None:
     await door.problem(400, "PUT", "/v1/functions/a.b", json={"code": CODE})
 
 
-# ---------------------------------------------------------------- routes and sites
+# ---------------------------------------------------------------- routes
 
 
 async def test_a_route_is_made_changed_read_and_removed(door: Door) -> None:
@@ -136,11 +136,6 @@ async def test_what_is_wrong_with_a_route_is_named(door: Door, body: Any, status
     assert said in problem.detail
     assert problem.hint
     assert not door.tables.routes.rows
-
-
-async def test_there_are_no_sites_yet(door: Door) -> None:
-    assert (await door.ask("GET", "/v1/sites"))[1] == {"sites": []}
-    await door.problem(404, "GET", "/v1/sites/perlmutter")
 
 
 # ---------------------------------------------------------------- uploads

@@ -8,9 +8,10 @@ import pytest
 from msgspec import structs
 
 from functions import ladder, rungs
-from functions.effects import Attempted, World, fail, succeed
+from functions.effects import succeed
 from functions.ladder import RESCUE_MARGIN_S, Choice, Rescue
 from functions.lessons import Lessons
+from functions.outcomes import Attempted, World, fail
 from functions.outlook import Outlook
 from functions.rungs import Family
 from headrace.errors import UserError

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from functions import effects, lessons, scopes
-from functions.effects import Attempted, World
+from functions import effects, lessons, outcomes, scopes
 from functions.forecast import History, forecast, size_class
 from functions.lessons import Lessons, alike
+from functions.outcomes import Attempted, World
 from functions.outlook import Measure, Outlook
 from functions.replays import again, replay
 from functions.scopes import Fill, Scope
@@ -187,7 +187,7 @@ def test_a_canceled_run_teaches_nothing_about_answers() -> None:
 def test_what_failed_teaches_nothing() -> None:
     story = Story()
     first = story.begin()
-    _, unit = effects.fail(first, story.tried(), ErrorInfo(kind="user", message="broken"))
+    _, unit = outcomes.fail(first, story.tried(), ErrorInfo(kind="user", message="broken"))
     story.append(unit)
     assert story.learned().histories == {}
 
@@ -285,7 +285,7 @@ def test_where_not_all_fits_any_more_the_usual_counts_and_then_the_deadline() ->
 def test_an_attempt_that_failed_takes_nothing_from_what_follows() -> None:
     story = Story(Outlook(ROWS.get))
     first = story.begin(deadline=DEADLINE)
-    story.append([effects.failed_attempt(first, story.tried(), ErrorInfo(kind="user", message="x"), story.now + 20.0)])
+    story.append([outcomes.failed_attempt(first, story.tried(), ErrorInfo(kind="user", message="x"), story.now + 20.0)])
     story.now += 20.0
     (second,) = story.succeed(first, Call(function="g", payload=NOTHING), attempt=2)
     assert (second.due, second.deadline) == (DEADLINE - 10.0, DEADLINE)

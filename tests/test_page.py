@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from headrace import AsyncClient
+from headrace.joblog import SiteRecord
 from headrace.model import ErrorInfo, Quote, Verdict
 from tests.platforms import UpProcess
+from tests.test_submitting import beginning, job_of, submission, submit, succeed
 from tests.watched import TOKEN, Stage, Watched, text_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -235,6 +239,17 @@ async def test_a_run_is_shown_where_it_is_and_then_with_its_result_without_a_rel
     await expect(page.locator("#sentence")).to_contain_text("done Run on route fusion: answered in")
     await expect(page.get_by_role("img", name="mostly run")).to_be_visible()
     assert await page.evaluate("window.same")
+
+
+async def test_a_run_shows_the_batch_job_that_it_waits_for(stage: Stage, show: Show) -> None:
+    records = [*succeed(submit(then="collect"), of=stage.accept("campaign"))[1]]
+    job = job_of(records)
+    for record in (*records, submission(job, "4711")):
+        stage.log.put(record.subject, record.body)
+    page = await show(stage.url)
+    await expect(page.locator("#open li")).to_contain_text("job 4711 is in the queue, 1 of 2 done")
+    stage.log.put(*beginning(job)[:2])
+    await expect(page.locator("#open li")).to_contain_text("job 4711 running")
 
 
 async def test_the_answer_is_fetched_when_a_row_is_opened_and_not_before(
@@ -515,3 +530,17 @@ async def test_durations_are_told_as_people_say_them(stage: Stage, show: Show) -
         ("given", 5_400, "1 h 30 min"),
     ):
         assert await page.evaluate(say, [what, seconds]) == words
+
+
+# ---------------------------------------------------------------- sites
+
+
+async def test_sites_are_there_as_they_are(stage: Stage, show: Show) -> None:
+    page = await show(stage.url)
+    await expect(page.locator("#places")).to_be_hidden()
+    row = SiteRecord(name="lab", kind="slurm", at=time.time(), since=0.0, gpus_total=16, gpus_free=5, jobs_waiting=7)
+    await stage.tables.sites.put("lab", row)
+    await expect(page.locator("#sites")).to_have_text("lab up, 5 of 16 GPUs free, 7 jobs waiting")
+    changed = structs.replace(row, at=row.at + 1.0, status="down", detail=HOSTILE, gpus_free=0)
+    await stage.tables.sites.put("lab", changed)
+    await expect(page.locator("#sites")).to_have_text(f"lab down, {HOSTILE}, 0 of 16 GPUs free, 7 jobs waiting")

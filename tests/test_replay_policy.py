@@ -19,6 +19,7 @@ from gateway.history import SCAN_MAX, recorded
 from headrace import AsyncClient
 from headrace.clock import format_instant
 from headrace.errors import BadRequest, NotFound
+from headrace.joblog import JOB
 from headrace.model import HistoryPage, Recorded
 from headrace.names import invocation_id
 from headrace.wire import Outcome, Payload, RunEnd, Slot, encode
@@ -104,6 +105,19 @@ def test_a_join_waits_for_the_last_of_its_branches() -> None:
     assert alone.routes[-1].simulated.met == 1
     assert alone.routes[-1].simulated.late_p99_s == 0.0
     assert replayed(mapped, "fifo", 2).routes[-1].recorded.met == 1
+
+
+def test_what_follows_a_batch_job_follows_as_long_after_what_asked_for_it_and_the_job_takes_no_slot() -> None:
+    chain = [
+        record("ask", 1.0, 2.0, run="j", queued=1.0, deadline=60.0, run_state=None, children=1),
+        record("job", 10.0, 40.0, run="j", queued=2.0, deadline=60.0, run_state=None, parent_id="ask", function=JOB),
+        record("then", 42.0, 43.0, run="j", deadline=60.0, parent_id="job"),
+    ]
+    report = replayed([record("x", 0.0, 1.0), *chain, record("y", 20.0, 30.0)], "fifo", 1)
+    assert (report.slots, report.routes[-1].simulated.met) == (1, 1)
+    # Behind work of 30 s the first one begins later, and so does what follows its job.
+    late = replayed([record("x", 0.0, 30.0), *chain], "fifo", 1)
+    assert late.routes[-1].simulated.met == 0
 
 
 def test_the_answer_of_a_run_counts_and_not_what_it_does_afterwards() -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functions.admission import Admitted, admit
-from functions.effects import World, succeed
+from functions.effects import succeed
+from functions.outcomes import World
 from functions.retraction import RETRACTED_TYPE, retract
 from functions.revisions import ORDINARY, Standing, standing
 from functions.voevent import CITATIONS_MAX, PACKET_BYTES_MAX

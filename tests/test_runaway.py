@@ -9,7 +9,7 @@ import pytest
 from msgspec import structs
 
 from functions import effects
-from functions.effects import Attempted, World
+from functions.outcomes import Attempted, World
 from functions.runaway import worth_counting
 from headrace.errors import UserError
 from headrace.model import FunctionOptions

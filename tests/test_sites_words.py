@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import BadRequest
-from headrace.jobs import JobSpec, Resources
+from headrace.jobs import REASONS, JobSpec, Resources
 from workers.sites import open_site
-from workers.sites.base import REASONS, JobStatus, SiteConfig
+from workers.sites.base import JobStatus, SiteConfig
 from workers.sites.batch import judge
 from workers.sites.executors import command
 from workers.sites.records import Claim, Ended, Records
@@ -46,6 +46,8 @@ QUEUE = """\
 13 |13 |FAILED |0 |0 |1795275184 |1795275184 | |BadConstraints |hr-g
 14 |14 |OUT_OF_MEMORY |125 |0 |1795275184 |1795275190 |n3 |OutOfMemory |hr-h
 15 |15 |PENDING |0 |1 |N/A |N/A | |launch failed requeued held |hr-i
+17 |17 |FAILED |9 |0 |1795275184 |1795275185 |n1 |JobLaunchFailure |hr-k
+18 |18 |FAILED |53 |0 |1795275184 |1795275185 |n1 |JobLaunchFailure |hr-l
 slurm_load_jobs error: this is no line of the table
 16 |16 |SOMETHING_NEW |0 |0 |1795275184 |N/A |n1 |None |hr-j
 """
@@ -73,6 +75,8 @@ def test_one_look_tells_all_jobs_apart_and_no_line_hides_another() -> None:
         "14": ("failed", "out_of_memory", None),
         "15": ("held", "", None),
         "16": ("active", "", None),
+        "17": ("failed", "signal", 137),
+        "18": ("failed", "launch", None),
     }
     assert told["7"].detail == "PENDING: ReqNodeNotAvail, UnavailableNodes:n[1-3]"
     assert (told["4"].restarts, told["4"].nodes, told["4"].started_at) == (1, "n[2-3]", 1795275184.0)

@@ -13,7 +13,7 @@ import pytest
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from headrace import Client
-from headrace.errors import NotFound, Unauthorized
+from headrace.errors import Conflict, NotFound, Unauthorized
 from infra.embedded import NatsServer
 from infra.rights import ADMIN, WORKER
 from infra.settings import Settings
@@ -159,6 +159,19 @@ async def test_one_who_comes_back_is_not_given_the_work_of_long_ago(link: Link, 
     assert removed.canceled == 1
     await admin.add("a")
     assert (await Lanes(link).look()).tenants["a"] == (0,) * LANES
+
+
+async def test_the_runs_of_batch_jobs_that_a_site_has_are_canceled_with_their_tenant(link: Link, admin: Admin) -> None:
+    await admin.add("a")
+    js = link.jetstream()
+    for run in ("ended", "canceled", "open"):
+        await js.publish(topology.job_subject("lab", "a", run, "j"), b"job")
+    await js.publish(topology.done_subject("ended", "j"), b"outcome")
+    await js.publish(topology.cancel_subject("canceled"), b"wish")
+    with pytest.raises(Conflict, match="1 invocations and jobs of a wait or run"):
+        await admin.remove("a", force=False)
+    assert (await admin.remove("a", force=True)).canceled == 1
+    assert await js.get_last_msg(STREAM, topology.cancel_subject("open"))
 
 
 async def test_an_upgrade_from_undivided_lanes_loses_nothing_and_repeats_little(

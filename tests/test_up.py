@@ -1,4 +1,4 @@
-"""``headrace up``: one command, five servers, ready when it says so, and nothing left when it is gone."""
+"""``headrace up``: one command, six servers, ready when it says so, and nothing left when it is gone."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_it_says_where_it_is_and_does_not_print_the_token_into_a_file(shared_pla
     assert shared_platform.token not in shared_platform.output()
 
 
-def test_it_runs_the_five_processes_and_no_secret_is_in_their_command_lines_or_logs(shared_platform: UpProcess) -> None:
-    for what in ("nats-server", "redis-server", "gateway", "worker", "ledger"):
+def test_it_runs_the_six_processes_and_no_secret_is_in_their_command_lines_or_logs(shared_platform: UpProcess) -> None:
+    for what in ("nats-server", "redis-server", "gateway", "worker", "ledger", "agent"):
         shared_platform.child(what)
     secrets = [
         shared_platform.token,
         *(p.read_text().strip() for p in (shared_platform.data / "run").glob("*.password")),
     ]
-    assert len(secrets) == 7
+    assert len(secrets) == 8
     for pid in (shared_platform.pid, *descendants(shared_platform.pid)):
         shown = command_line(pid)
         environ = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace")
@@ -94,7 +94,7 @@ def test_it_runs_the_five_processes_and_no_secret_is_in_their_command_lines_or_l
 
 
 def test_the_servers_log_lines_are_json_objects(shared_platform: UpProcess) -> None:
-    for role in ("gateway", "worker", "ledger"):
+    for role in ("gateway", "worker", "ledger", "agent"):
         path = shared_platform.data / "logs" / f"{role}.log"
         assert _mode(path) == 0o600
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -159,7 +159,7 @@ def sturdy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpProcess]:
         process.end()
 
 
-@pytest.mark.parametrize("what", ["gateway", "worker", "ledger", "nats-server", "redis-server"])
+@pytest.mark.parametrize("what", ["gateway", "worker", "ledger", "agent", "nats-server", "redis-server"])
 def test_a_process_that_is_killed_is_started_again(sturdy: UpProcess, what: str) -> None:
     pid = sturdy.child(what)
     os.kill(pid, signal.SIGKILL)
@@ -238,9 +238,18 @@ def test_a_server_that_cannot_start_is_told_with_its_last_words(tmp_path: Path) 
 def test_the_doctor_finds_a_running_platform_well(shared_platform: UpProcess) -> None:
     looked = _infra("doctor", "--data", str(shared_platform.data), "--json")
     findings = {finding["check"]: finding for finding in json.loads(looked.stdout)["findings"]}
-    assert {"python", "processes", "nats-server", "disk", "rights", "platform", "sync_interval", "clock"} <= set(
-        findings
-    )
+    assert {
+        "python",
+        "processes",
+        "nats-server",
+        "disk",
+        "rights",
+        "platform",
+        "site",
+        "sync_interval",
+        "clock",
+    } <= set(findings)
+    assert "local (local) is up" in findings["site"]["detail"]
     assert {f["check"] for f in findings.values() if f["state"] == "failed"} == set()
     assert looked.returncode == 0
     assert shared_platform.token not in looked.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any
@@ -18,14 +19,15 @@ CANCELS_KEPT_MAX = 100_000
 class Cancels:
     """Hears of runs that are canceled, and knows what of them runs here."""
 
-    def __init__(self, log: Log) -> None:
-        """Describe it; ``read`` is set once all that the log held at the start is known."""
+    def __init__(self, log: Log, heard: Callable[[], None] = lambda: None) -> None:
+        """Describe it; ``read`` is set once all that the log holds now is known, ``heard`` is called after news."""
         self._log = log
+        self._heard = heard
         self._canceled: OrderedDict[str, None] = OrderedDict()
         self._running: dict[str, set[asyncio.Task[Any] | None]] = {}
         self.read = asyncio.Event()
 
-    def __contains__(self, run: str) -> bool:
+    def __contains__(self, run: object) -> bool:
         """Say whether a run was canceled."""
         return run in self._canceled
 
@@ -49,6 +51,7 @@ class Cancels:
                             task.cancel()
                 while len(self._canceled) > CANCELS_KEPT_MAX:
                     self._canceled.popitem(last=False)
+                self._heard()
                 if not batch or batch[-1].seq >= known_up_to:
                     self.read.set()
 

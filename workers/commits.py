@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from msgspec import structs
 
+from functions.jobs import Jobs
 from functions.scopes import Fill
 from headrace.errors import Unavailable
-from headrace.wire import SPREAD, Effect, Map, Outcome, Payload, decode, encode
+from headrace.wire import SPREAD, Call, Emit, Map, Outcome, Payload, decode, encode
 from streams.blobs import Blobs, check_in
 from streams.log import AlreadyThere, Log, Record
 from streams.topology import INLINE_BYTES_MAX, cancel_subject, fence_subject, kind_of
@@ -79,8 +80,13 @@ def listed(payloads: list[Payload]) -> Payload:
     return Payload(type=SPREAD, body=body, size=len(body))
 
 
-async def checked_in(effect: Effect, blobs: Blobs) -> Effect:
+async def checked_in(effect: Call | Map | Emit | Jobs, blobs: Blobs) -> Call | Map | Emit | Jobs:
     """Return the effect with payloads as the log may hold them."""
+    if isinstance(effect, Jobs):
+        if all(len(work.spec.body) <= INLINE_BYTES_MAX for work in effect.works):
+            return effect
+        works = [structs.replace(work, spec=await check_in(work.spec, blobs)) for work in effect.works]
+        return structs.replace(effect, works=works)
     if isinstance(effect, Map):
         large = [i for i, p in enumerate(effect.payloads) if len(p.body) > INLINE_BYTES_MAX]
         if not large:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from functions import ladder, rungs
-from functions.effects import Attempted, spent
 from functions.forecast import size_class
 from functions.ladder import Choice, Rescue
+from functions.outcomes import Attempted, spent
 from functions.outlook import Outlook
 from functions.rungs import Family
 from functions.trail import belongs_to_platform

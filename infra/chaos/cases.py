@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from infra.chaos import (
     away,
+    batch,
     bombs,
     cluster,
     disk,
@@ -35,4 +36,5 @@ CASES: list[Case] = [
     bombs.CASE,
     results.CASE,
     pauses.CASE,
+    batch.CASE,
 ]

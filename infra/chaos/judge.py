@@ -102,7 +102,7 @@ class Judge:
         """Take messages of the log, in their order."""
         for fact in facts:
             match kind_of(fact.subject):
-                case "work":
+                case "work" | "job":
                     work = decode(fact.body, Invocation)
                     self._invocations[work.run_id, work.invocation_id].works.append(work)
                     self._facts[work.run_id].append(fact)
@@ -126,7 +126,7 @@ class Judge:
                     self._filled.update((tally.run_id, tally.scope, index) for index, _ in tally.filled)
                 case "note":
                     self._note_bytes[run_of(fact.subject)] += len(fact.body)
-                case "start" | "try" | "cancel":
+                case "start" | "try" | "cancel" | "submit":
                     self._facts[run_of(fact.subject)].append(fact)
                 case _:
                     pass  # of no weight here

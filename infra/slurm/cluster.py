@@ -75,9 +75,8 @@ class Cluster:
             NoServer: Slurm or munge is not installed.
             NotStarted: a daemon ended, or the nodes did not get ready; the message holds its last lines.
         """
-        missing = [name for name in PROGRAMS if _program(name) is None]
-        if missing:
-            raise NoServer(f"not installed: {', '.join(missing)}", hint="apt-get install slurm-wlm munge")
+        if names := missing():
+            raise NoServer(f"not installed: {', '.join(names)}", hint="apt-get install slurm-wlm munge")
         self._tied = tied
         for attempt in range(1, PORT_TRIES + 1):
             self._write()
@@ -218,8 +217,9 @@ class Cluster:
         The controller takes note after its own time: ``NODE_SILENT_S`` and up to half a minute for a node with a job.
         """
         marked = processes_marked(MARK, self._mark(node))
-        self.nodes[node].kill()
+        _kill(marked, signal.SIGSTOP)  # so that none of them sees another one die, and tells of it
         _kill(marked)
+        self.nodes[node].kill()
 
     def start_node(self, node: str) -> None:
         """Switch a node on again."""
@@ -297,9 +297,14 @@ def _program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(PLACES))
 
 
-def _kill(pids: set[int]) -> None:
+def missing() -> list[str]:
+    """Return the programs of Slurm that are not installed here."""
+    return [name for name in PROGRAMS if _program(name) is None]
+
+
+def _kill(pids: set[int], number: signal.Signals = signal.SIGKILL) -> None:
     for pid in pids:
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
