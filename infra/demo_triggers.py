@@ -23,7 +23,7 @@ FUNCTION_FILES = tuple(
 STATE = DATA / "molecular_dynamics/state_0042.npz"
 SHOTS = (900001, 900002)
 RESAMPLES = 3000  # some seconds for 128 points, and some tenths for 32
-HURRY = "8s"  # no time for all of them
+HURRY = "12s"  # no time for all of them
 LATTICE_AXIS_ANGSTROM = 57.98  # of the cell that run0001 was made with; two of its axes are this long
 _TYPE = "org.headrace.example"
 
