@@ -22,8 +22,8 @@ FUNCTION_FILES = tuple(
 )
 STATE = DATA / "molecular_dynamics/state_0042.npz"
 SHOTS = (900001, 900002)
-RESAMPLES = 3000  # some seconds for 128 points, and some tenths for 32
-HURRY = "12s"  # no time for all of them
+RESAMPLES = 4000  # some seconds for 128 points, and some tenths for 32
+HURRY = "16s"  # no time for all of them
 LATTICE_AXIS_ANGSTROM = 57.98  # of the cell that run0001 was made with; two of its axes are this long
 _TYPE = "org.headrace.example"
 

@@ -26,6 +26,7 @@ from tests.simulation.many import run_many
 from tests.simulation.redis import SimRedis
 from tests.simulation.server import SimServer
 from tests.simulation.world import Options, Verdict, World, simulate
+from workers.agent import Agent
 from workers.worker import Tools, Worker
 
 SEEDS = 2000
@@ -95,6 +96,14 @@ def test_a_worker_that_takes_over_without_a_lease_is_caught() -> None:
         return Bold(tools)
 
     assert any("fencing" in w for seed in range(200) for w in simulate(seed, Options(worker=bold)).wrong)
+
+
+def test_an_agent_that_does_not_attach_to_what_it_left_loses_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Agent) -> None:
+        return
+
+    monkeypatch.setattr(Agent, "_attach_all", nothing)
+    assert any(wrong.startswith("lost") for seed in range(70, 80) for wrong in simulate(seed).wrong)
 
 
 def test_a_quiet_world_is_quick_and_right() -> None:

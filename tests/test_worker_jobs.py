@@ -57,10 +57,9 @@ class Site:
         commits = Commits(self._log, Joins(self._log), time.time)
         async with aclosing(follow(self._log, [job_subject("lab", "*", "*", "*")], after=0)) as batches:
             async for batch in batches:
-                for stored in batch:
-                    job = decode(stored.body, Invocation)
-                    self.seen.append(job)
-                    await self._end(job, stored.at, commits)
+                taken = [(decode(stored.body, Invocation), stored.at) for stored in batch]
+                self.seen += [job for job, _ in taken]
+                await asyncio.gather(*(self._end(job, at, commits) for job, at in taken))
 
     async def _end(self, job: Invocation, queued_at: float, commits: Commits) -> None:
         run, identity = job.run_id, job.invocation_id
