@@ -81,6 +81,8 @@ class Lessons:
             if not trail.belongs_to_platform(fact.function):
                 this = Step(fact.function, fact.version, fact.size, fact.started_at, fact.ended_at)
                 self._take("run", fact.tenant, this, fact.ended_at - fact.started_at, number, stored.at)
+                if fact.stage_in_s > 0.0:
+                    self._take("stage", fact.tenant, this, fact.stage_in_s, number, stored.at)
                 waited = fact.started_at - fact.accepted_at
                 if fact.parent_id is None and fact.attempts == 1 and waited < QUIET_S:
                     self._take("wait", fact.tenant, this, waited, number, stored.at)

@@ -36,6 +36,7 @@ from streams.tables import row_key
 from streams.topology import attempt_subject, done_subject, fence_subject, job_subject, work_subject
 
 DEPTH_MAX = 1000
+STAGE_IN_S_MIN = 0.005  # what takes less is no part of its own of how long an attempt takes
 
 
 class Attempted(Struct, frozen=True, kw_only=True):
@@ -285,6 +286,7 @@ def outcome_of(
         spent: the time ledger up to the end of the attempt.
         end: the end of its run, where that ends with it.
     """
+    staged_s = spent.stage_in_s - invocation.spent.stage_in_s
     return Outcome(
         run_id=invocation.run_id,
         invocation_id=invocation.invocation_id,
@@ -315,6 +317,7 @@ def outcome_of(
         due=invocation.due,
         on_late=invocation.on_late,
         fidelity=rungs.fidelity(invocation),
+        stage_in_s=staged_s if staged_s >= STAGE_IN_S_MIN else 0.0,
     )
 
 

@@ -12,8 +12,9 @@ from typing import Literal
 from functions.qos import due_of
 from headrace.wire import Expected, ForecastRow
 
-Measure = Literal["run", "answer", "rest", "wait"]
+Measure = Literal["stage", "run", "answer", "rest", "wait"]
 MEASURES: dict[Measure, str] = {
+    "stage": "bringing data in, as a part of an attempt: of those that did so for more than some milliseconds",
     "run": "one attempt of an invocation that went well: how long it keeps a slot",
     "answer": "from the start of an invocation to the answer of its run",
     "rest": "from the end of an invocation to the answer of its run",

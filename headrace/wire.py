@@ -288,7 +288,8 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``size`` is the class of its payload's size. ``trail`` holds the steps that led to it where it may be the last of
     them: where it gives the answer, ends its run or fills a slot. ``fidelity`` is set where its function has variants.
-    Of its ``children`` so many are ``jobs``; ``job`` is set where it was one itself.
+    Of its ``children`` so many are ``jobs``; ``job`` is set where it was one itself. ``stage_in_s`` is how long its
+    attempt brought data in, in seconds, where that was worth telling.
     """
 
     run_id: str
@@ -320,6 +321,7 @@ class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fidelity: Fidelity | None = None
     jobs: int = 0
     job: JobDone | None = None
+    stage_in_s: float = 0.0
 
 
 class Tally(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -58,9 +58,16 @@ class Story:
         self.append(admitted.records)
         return admitted.invocation
 
-    def tried(self, took_s: float = 2.0, waits_s: float = 1.0, attempt: int = 1) -> Attempted:
+    def tried(self, took_s: float = 2.0, waits_s: float = 1.0, attempt: int = 1, stage_in_s: float = 0.0) -> Attempted:
         queued, self.now = self.now, self.now + waits_s + took_s
-        return Attempted(attempt=attempt, worker="w", queued_at=queued, started_at=queued + waits_s, ended_at=self.now)
+        return Attempted(
+            attempt=attempt,
+            worker="w",
+            queued_at=queued,
+            started_at=queued + waits_s,
+            ended_at=self.now,
+            stage_in_s=stage_in_s,
+        )
 
     def world(self) -> World:
         return World(function=KNOWN.get, routes=[], now=self.now, outlook=self._outlook)
@@ -113,6 +120,16 @@ def test_a_run_of_one_step_teaches_all_four() -> None:
     assert seconds(learned, "rest", "f") == [0.5]
     names = {"run|v1||1", "run|v1||", "run|||"}
     assert names < learned.histories["f"].keys()
+
+
+def test_bringing_data_in_is_learned_of_each_step_by_itself_where_it_takes_more_than_a_moment() -> None:
+    story = Story()
+    (second,) = story.succeed(story.begin(), Call(function="g", payload=NOTHING), stage_in_s=0.75)
+    (third,) = story.succeed(second, Call(function="g", payload=NOTHING), stage_in_s=0.25)
+    story.succeed(third, stage_in_s=0.001)
+    learned = story.learned()
+    assert seconds(learned, "stage", "f") == [0.75]
+    assert seconds(learned, "stage", "g", b"null") == [0.25]
 
 
 def test_a_chain_teaches_from_each_step_to_the_answer() -> None:

@@ -22,6 +22,7 @@ from msgspec import Struct
 from psij.executors.local import LocalJobExecutor, _ProcessEntry
 
 from headrace.jobs import RECORDS, Reason
+from workers.sites import machine
 from workers.sites.base import (
     FINAL,
     Capacity,
@@ -85,8 +86,8 @@ class Local:
         """
         self.config = config
         self._now = now
-        self._gpus = [str(number) for number in range(_nvidia_devices())] if gpus is None else list(gpus)
-        self._places = config.jobs_max or os.cpu_count() or 1
+        self._gpus = [str(number) for number in range(machine.gpus())] if gpus is None else list(gpus)
+        self._places = machine.places(config.jobs_max)
         self._mark = f"{config.name}:{Path(config.work).absolute()}"
         self._giving_out = Lock()
         self._executor: LocalJobExecutor | None = None
@@ -266,7 +267,3 @@ def end(site: str, job_id: str, running: Running, why: Reason | None) -> None:
                     told.add(pid)
                     os.kill(pid, signal.SIGTERM)
         time.sleep(STEP_S)
-
-
-def _nvidia_devices() -> int:
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
