@@ -290,6 +290,7 @@ def worker_name() -> str:
 async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Follow the log into the read model, tell what it teaches, and audit that every accepted run ends."""
     from functions.lessons import Lessons
+    from headrace.wire import ForecastRow
     from streams.auditor import Auditor
     from streams.forecasts import Forecasts
     from streams.ledger import Writer
@@ -298,11 +299,11 @@ async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
         link = await stack.enter_async_context(link_to(settings, rights.LEDGER))
         log = await stack.enter_async_context(log_on(link, settings))
         redis = await stack.enter_async_context(_redis(settings))
-        tables = await stack.enter_async_context(tables_on(link))
+        told = await stack.enter_async_context(table_on(link, "forecasts", ForecastRow))
         lessons = Lessons()
         writer = Writer(log, redis, lessons, runs_max=settings.ledger_runs_max)
         writing = asyncio.create_task(writer.run(), name="ledger")
-        forecasts = Forecasts(tables.forecasts, lessons, lambda: writer.whole)
+        forecasts = Forecasts(told, lessons, lambda: writer.whole)
         telling = asyncio.create_task(forecasts.run(), name="forecasts")
         auditor = Auditor(log, redis, every_s=settings.audit_every_s, grace_s=settings.audit_grace_s)
         auditing = asyncio.create_task(auditor.run(), name="auditor")
