@@ -216,8 +216,10 @@ class Cluster:
 
         The controller takes note after its own time: ``NODE_SILENT_S`` and up to half a minute for a node with a job.
         """
-        marked = processes_marked(MARK, self._mark(node))
-        _kill(marked, signal.SIGSTOP)  # so that none of them sees another one die, and tells of it
+        marked: set[int] = set()
+        while more := processes_marked(MARK, self._mark(node)) - marked:
+            _kill(more, signal.SIGSTOP)  # so that none of them sees another one die and tells of it, or begins another
+            marked |= more
         _kill(marked)
         self.nodes[node].kill()
 
