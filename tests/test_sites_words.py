@@ -208,9 +208,9 @@ def test_a_container_is_run_by_the_program_that_the_site_has() -> None:
     spec = JobSpec(
         executable="md", arguments=["-n", "2"], container="md.sif", resources=Resources(gpu_cores_per_process=1)
     )
-    folder = Path("/work/j1")
+    folder = Path("/scratch/j1")
     assert command(site("apptainer"), spec, folder) == [
-        *("apptainer", "exec", "--nv", "--bind", "/work/j1", "--pwd", "/work/j1", "md.sif", "md", "-n", "2")
+        *("apptainer", "exec", "--nv", "--bind", "/scratch/j1", "--pwd", "/scratch/j1", "md.sif", "md", "-n", "2")
     ]
     podman = command(site("podman"), spec, folder)
     assert podman[:3] == ["podman", "run", "--rm"]
