@@ -7,10 +7,14 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13 python3.14; 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 LOCK_VENV := build/lock
-DEBIAN := redis-server chromium
+# A worker of pytest-xdist for each core; one that has no test left takes over half of another's.
+ALL_TESTS := --numprocesses auto --maxprocesses 8 --dist worksteal --durations 10
+DEBIAN := redis-server chromium openssl
 CEPH := ceph-mon ceph-mgr ceph-osd radosgw
 # Slurm's programs are slurmctld, slurmd and their clients; the package brings them all, and starts none of them.
 SLURM := slurm-wlm munge
+# Commands of PBS, in front of Slurm.
+PBS := slurm-wlm-torque
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-slurm test check bench bench-deadlines bench-live bench-push chaos conformance lock debian clean
@@ -24,8 +28,8 @@ demo: $(VENV)/.platform ## real triggers in, right answers out, on a platform of
 demo-slurm: $(VENV)/.platform debian ## a run stop, a simulation in the queue of a real Slurm, the answer in time
 	@$(PY) -P -m infra demo --slurm
 
-test: $(VENV)/.dev debian ## all tests, on real servers; ARGS="-k word" passes arguments to pytest
-	@$(PY) -m pytest $(ARGS)
+test: $(VENV)/.dev debian ## all tests, on real servers; ARGS="-k word" goes to pytest, and they run one after the other
+	@$(PY) -m pytest $(or $(ARGS),$(ALL_TESTS))
 
 check: $(VENV)/.dev ## format, lint and types
 	@$(VENV)/bin/ruff format --check .
@@ -74,6 +78,7 @@ debian:
 	command -v mkfs.ext4 >/dev/null 2>&1 || missing="$$missing e2fsprogs"; \
 	for p in $(CEPH); do command -v $$p >/dev/null 2>&1 || { missing="$$missing $(CEPH) ceph-common"; break; }; done; \
 	PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null 2>&1 || missing="$$missing $(SLURM)"; \
+	command -v qsub >/dev/null 2>&1 || missing="$$missing $(PBS)"; \
 	test -z "$$missing" && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 		echo "Installing$$missing"; \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import attrgetter
 
 BLOCK = 64  # entries at which a block is cut in two
@@ -129,20 +130,26 @@ class Due:
         """Return the entry to put off first: of the tenants that hold too much, else of all, the least worth."""
         return _least(entries, hogs)
 
-    def overfull(self, now: float, busy_s: float, slots: int, hogs: frozenset[str]) -> tuple[list[Entry], bool]:
+    def overfull(
+        self, now: float, busy_s: Sequence[float], slots: int, hogs: frozenset[str]
+    ) -> tuple[list[Entry], bool]:
         """Return what has to go so that the last of each block is expected to make its deadline, and if that is all.
 
-        Slots are taken together as one that is so many times as fast: near for what lies far ahead, and cheap.
+        Slots are taken together as one that is so many times as fast: near for what lies far ahead, and cheap. But one
+        that is busy for longer than that takes no more than itself from the others. ``busy_s``: shortest first.
         """
         gone: list[Entry] = []
         taken: set[int] = set()
         worst: list[tuple[bool, float, int, int]] = []
         looked = 0
-        ahead_s = busy_s
+        ahead_s = 0.0
+        sums_s = [0.0, *accumulate(busy_s)]
         for place, block in enumerate(self._blocks):
             ahead_s += block.need_s
             last = block.entries[-1]
-            excess_s = ahead_s - last.need_s - slots * (last.deadline - now - last.likely_s)
+            left_s = last.deadline - now - last.likely_s
+            ended = bisect_left(busy_s, left_s)
+            excess_s = ahead_s - last.need_s - (slots - len(busy_s) + ended) * left_s + sums_s[ended]
             if excess_s <= 0.0:
                 continue
             for where in range(looked, place + 1):

@@ -1,4 +1,4 @@
-"""Which jobs are submitted together and in what order, and which are run again: decided without I/O."""
+"""How urgent a job is, which are submitted together, and which are run again: decided without I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from headrace.jobs import JobSpec
 from headrace.wire import Invocation
 
 # What would come again if the same job were run again.
-PERMANENT = frozenset({"walltime", "out_of_memory", "deadline", "launch", "canceled", "rejected", "stage_in"})
+PERMANENT = frozenset(
+    {"walltime", "out_of_memory", "deadline", "launch", "canceled", "rejected", "stage_in", "site_ended"}
+)
 DELAY_FIRST_S = 0.5
 DELAY_S_MAX = 30.0
 DELAY_SHARE = 0.1  # of the time that is left to the deadline, a job never waits for more than this before it is tried
@@ -40,17 +42,11 @@ def urgency(waiting: Waiting) -> tuple[float, int]:
     return (float("inf") if due is None else due, waiting.seq)
 
 
-def in_order(waiting: Iterable[W], jobs_max: int, together_max: int) -> list[list[W]]:
-    """Return what to submit now, in order: at most ``jobs_max`` jobs in groups of the same ensemble.
-
-    Args:
-        waiting: all that wait.
-        jobs_max: how many more the site may be given.
-        together_max: how many may be submitted at once.
-    """
+def together(jobs: Iterable[W], together_max: int) -> list[list[W]]:
+    """Return jobs in groups of one ensemble, at most ``together_max`` in each, in the order of their first ones."""
     groups: list[list[W]] = []
     open_groups: dict[tuple[str, str], list[W]] = {}
-    for one in sorted(waiting, key=urgency)[: max(0, jobs_max)]:
+    for one in jobs:
         slot = one.invocation.slot
         ensemble = None if slot is None else (one.invocation.run_id, slot.scope)
         group = None if ensemble is None else open_groups.get(ensemble)

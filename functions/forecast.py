@@ -45,12 +45,23 @@ class Forecast(Struct, frozen=True):
         return mean_s(self.p50_s, self.p90_s)
 
 
-def mean_s(p50_s: float, p90_s: float) -> float:
-    """Return the mean in seconds of the lognormal distribution with these quantiles, ``p90_s`` at most."""
-    if p50_s <= 0.0 or p90_s <= p50_s:
-        return p50_s
+def mean_s(p50_s: float, p90_s: float, limit_s: float = math.inf) -> float:
+    """Return the mean in seconds of the lognormal distribution with these quantiles, ``p90_s`` at most.
+
+    Of work that is stopped after ``limit_s`` it is the mean of what it runs until then, however long its tail is.
+    """
+    if p50_s <= 0.0 or p90_s <= p50_s or limit_s <= 0.0:
+        return max(0.0, min(p50_s, limit_s))
     spread = math.log(p90_s / p50_s) / Z90
-    return min(p90_s, p50_s * math.exp(spread * spread / 2.0))
+    mean = p50_s * math.exp(spread * spread / 2.0)
+    if limit_s == math.inf:
+        return min(p90_s, mean)
+    at = math.log(limit_s / p50_s) / spread
+    return mean * _below(at - spread) + limit_s * _below(-at)
+
+
+def _below(deviations: float) -> float:
+    return 0.5 * math.erfc(-deviations / math.sqrt(2.0))
 
 
 def left_s(p50_s: float, p90_s: float, elapsed_s: float) -> float:
@@ -142,8 +153,12 @@ class History(Struct):
 
 
 def _weights(history: History) -> list[float]:
-    newest = max(history.at)
-    return [2.0 ** ((at - newest) / HALF_LIFE_S) for at in history.at]
+    """Return what each duration counts for: the newest few the same, what is older less by its age.
+
+    Were it by age alone, a kind of work that ends twice a day would be known by its last duration only.
+    """
+    since = sorted(history.at)[-min(FEW, len(history.at))]
+    return [2.0 ** ((at - since) / HALF_LIFE_S) if at < since else 1.0 for at in history.at]
 
 
 def forecast(history: History) -> Forecast | None:

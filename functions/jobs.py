@@ -14,6 +14,7 @@ Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct, structs
@@ -35,6 +36,7 @@ from headrace.wire import (
     Invocation,
     JobDone,
     Map,
+    Move,
     Outcome,
     Payload,
     RunEnd,
@@ -61,8 +63,7 @@ class JobTried(Struct, frozen=True, kw_only=True):
 
     ``queued_at`` is by the log's clock, ``started_at`` and ``job_ended_at`` by the batch system's, the others by the
     agent's; ``ended_at`` is when the agent was done with it. ``stage_in_s`` and ``stage_out_s`` went into moving data
-    before its submission and after its end, ``failed_s`` into attempts before it. ``fence`` is the sequence of the
-    lease under which the agent holds it.
+    before its submission and after its end. ``fence`` is the sequence of the lease under which the agent holds it.
     """
 
     attempt: int
@@ -74,7 +75,6 @@ class JobTried(Struct, frozen=True, kw_only=True):
     job_ended_at: float | None = None
     stage_in_s: float = 0.0
     stage_out_s: float = 0.0
-    failed_s: float = 0.0
     fence: int = 0
 
 
@@ -99,14 +99,15 @@ def _placed(effect: Submit | SubmitMany, invocation: Invocation, world: World) -
     then = None if effect.then is None else world.named(effect.then, f"{what}(then=...)")
     failing = None if effect.on_failure is None else world.named(effect.on_failure, f"{what}(on_failure=...)")
     after = None if together else then
-    chosen: dict[bytes, tuple[str, str]] = {}  # most members of an ensemble ask for the same
+    chosen: dict[bytes, _Chosen] = {}  # most members of an ensemble ask for the same
     works: list[JobWork] = []
     for payload in effect.specs if isinstance(effect, SubmitMany) else [effect.spec]:
-        site, shape = _site(payload, invocation, world, chosen)
+        site, shape, limit_s = _site(payload, invocation, world, chosen)
         work = JobWork(
             site=site,
             spec=payload,
             shape=shape,
+            limit_s=limit_s,
             then=None if after is None else after.name,
             then_version="" if after is None else after.version,
             on_failure=None if failing is None else failing.name,
@@ -116,10 +117,16 @@ def _placed(effect: Submit | SubmitMany, invocation: Invocation, world: World) -
     return Jobs(works=works, together=together, then=then if together else None)
 
 
-def _site(
-    payload: Payload, invocation: Invocation, world: World, chosen: dict[bytes, tuple[str, str]]
-) -> tuple[str, str]:
-    """Return the site and the shape of a job."""
+class _Chosen(NamedTuple):
+    """The site of a job, and what is told of it so that nobody has to read its specification for that."""
+
+    site: str
+    shape: str
+    limit_s: float | None
+
+
+def _site(payload: Payload, invocation: Invocation, world: World, chosen: dict[bytes, _Chosen]) -> _Chosen:
+    """Return the site, the shape and the limit of a job."""
     spec = spec_of(payload)
     alike = msgspec.json.encode((spec.sites, spec.resources, spec.attributes, spec.container))
     found = chosen.get(alike)
@@ -127,7 +134,7 @@ def _site(
         placement = place(spec, world.sites, world.now, invocation.deadline, world.outlook)
         if placement.site is None:
             raise refused(spec, placement)
-        found = chosen[alike] = (placement.site, shape_of(spec))
+        found = chosen[alike] = _Chosen(placement.site, shape_of(spec), spec.attributes.duration_s)
     return found
 
 
@@ -167,7 +174,7 @@ def times(tried: JobTried) -> JobTime:
     whole = _parts(tried)
     return JobTime(
         queue=whole.queue_s,
-        run=whole.run_s - min(whole.run_s, tried.failed_s),
+        run=whole.run_s,
         stage_in=whole.stage_in_s,
         stage_out=whole.stage_out_s,
     )
@@ -184,14 +191,13 @@ def _parts(tried: JobTried) -> TimeLedger:
     job_ended = _within(submitted, tried.job_ended_at, ended)
     started = _within(submitted, tried.started_at, job_ended)
     before, after = submitted - tried.queued_at, ended - job_ended
-    failed = min(before, tried.failed_s)
-    moved_in = min(before - failed, tried.stage_in_s)
+    moved_in = min(before, tried.stage_in_s)
     moved_out = min(after, tried.stage_out_s)
     return TimeLedger(
-        lane_s=before - failed - moved_in,
+        lane_s=before - moved_in,
         stage_in_s=moved_in,
         queue_s=started - submitted,
-        run_s=failed + job_ended - started,
+        run_s=job_ended - started,
         stage_out_s=moved_out,
         commit_s=after - moved_out,
     )
@@ -253,7 +259,7 @@ def ended(
         result=said if state != "dead" else None,
         error=error,
         children=0 if function is None else 1,
-        job=_done(end, tried),
+        job=_done(end, tried, work.moves),
         spent=ledger,
         end=run_ends,
     )
@@ -278,15 +284,30 @@ def ended(
 
 def canceled(invocation: Invocation, end: JobEnd, tried: JobTried, error: ErrorInfo) -> tuple[Outcome, list[Record]]:
     """Return the outcome of a job that nobody needs any more though its run goes on or ends with it, and its unit."""
-    ledger, attempted = spent(invocation, tried), _attempted(tried)
+    ledger, attempted, moves = spent(invocation, tried), _attempted(tried), read_job(invocation).moves
     run_ends = run_end(invocation, attempted, ledger, "canceled", error) if invocation.slot is None else None
     outcome = outcome_of(
-        invocation, attempted, "canceled", error=error, job=_done(end, tried), spent=ledger, end=run_ends
+        invocation, attempted, "canceled", error=error, job=_done(end, tried, moves), spent=ledger, end=run_ends
     )
     return outcome, [done_record(outcome, tried.fence)]
 
 
-def _done(end: JobEnd, tried: JobTried) -> JobDone:
+def dropped(invocation: Invocation, end: JobEnd, tried: JobTried) -> Record:
+    """Return the outcome of a job whose run was canceled: it fills no slot and ends nothing, for all that is over."""
+    error = ErrorInfo(kind="canceled", message="its run was canceled")
+    done = _done(end, tried, read_job(invocation).moves)
+    outcome = outcome_of(
+        structs.replace(invocation, slot=None),
+        _attempted(tried),
+        "canceled",
+        error=error,
+        job=done,
+        spent=spent(invocation, tried),
+    )
+    return done_record(outcome, tried.fence)
+
+
+def _done(end: JobEnd, tried: JobTried, moves: list[Move]) -> JobDone:
     return JobDone(
         site=end.site,
         state=end.state,
@@ -296,6 +317,7 @@ def _done(end: JobEnd, tried: JobTried) -> JobDone:
         submitted_at=tried.submitted_at,
         started_at=tried.started_at,
         ended_at=tried.job_ended_at,
+        moves=moves,
     )
 
 

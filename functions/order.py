@@ -23,6 +23,7 @@ from msgspec import Struct
 from functions.due import NEED_S_MIN, Due, Entry
 from functions.forecast import mean_s
 from functions.reserve import Reserve
+from functions.shares import Used
 
 SHARE = 0.05  # of the time of the slots, for work without deadline, whatever else waits
 OWED_S_MAX = 3600.0
@@ -63,6 +64,13 @@ class Work(Struct, frozen=True, kw_only=True):
     run_at: float | None = None
     path_s: float = 0.0
 
+    @property
+    def stopped_at(self) -> float | None:
+        """When it is not worth starting any more, and is stopped where it runs; None: never."""
+        if self.if_late != "cancel":
+            return None
+        return self.deadline if self.late_at is None else self.late_at
+
 
 class Decision(Struct, frozen=True):
     """What to start, None if nothing waits, and what is not worth starting any more."""
@@ -71,14 +79,19 @@ class Decision(Struct, frozen=True):
     give_up: tuple[Work, ...] = ()
 
 
-def entry_of(work: Work) -> Entry:
-    """Return the work with what it is expected to need, and its worth: value per second of a slot."""
+def entry_of(work: Work, now: float) -> Entry:
+    """Return the work with what it is expected to need, and its worth: value per second of a slot.
+
+    What will be stopped when it is late needs a slot for no longer than until then.
+    """
     if work.p50_s is None:
         likely = UNKNOWN_S if work.deadline is None else UNKNOWN_PART * (work.deadline - work.arrived)
         need = likely
     else:
         likely = work.p50_s
-        need = mean_s(likely, likely if work.p90_s is None else work.p90_s)
+        stopped_at = work.stopped_at
+        limit_s = math.inf if stopped_at is None else stopped_at - now
+        need = mean_s(likely, likely if work.p90_s is None else work.p90_s, limit_s)
     need = max(NEED_S_MIN, need)
     return Entry(work.id, work.tenant, math.inf if work.deadline is None else work.deadline, likely, need, work.value)
 
@@ -89,18 +102,14 @@ class Rest:
     def __init__(self) -> None:
         self._of: dict[str, list[tuple[float, float, int, Work, float]]] = {}
         self._turns: list[tuple[float, str]] = []
-        self._used_s: dict[str, float] = {}
-        self._now_s = 0.0
+        self._used = Used()
 
     def add(self, work: Work, entry: Entry, number: int) -> None:
         """Let it wait."""
         queue = self._of.get(work.tenant)
         if queue is None:
             queue = self._of[work.tenant] = []
-            # A tenant that comes back has no claim on the time in which it had no work.
-            used = max(self._used_s.get(work.tenant, 0.0), self._now_s)
-            self._used_s[work.tenant] = used
-            heapq.heappush(self._turns, (used, work.tenant))
+            heapq.heappush(self._turns, (self._used.join(work.tenant), work.tenant))
         began = work.arrived if work.run_at is None else work.run_at
         rank = began + RUN_STRETCH * (work.run_s or entry.need_s)
         heapq.heappush(queue, (rank, -work.path_s, number, work, entry.need_s))
@@ -118,7 +127,7 @@ class Rest:
                 heapq.heappop(queue)
             heapq.heappop(self._turns)
             del self._of[tenant]
-            self._now_s = max(self._now_s, used)
+            self._used.turn(used)
         return None
 
     def tidy(self, waiting: dict[str, Entry]) -> None:
@@ -133,9 +142,8 @@ class Rest:
         """Take what ``head`` has just returned, on its tenant's account."""
         used, tenant = self._turns[0]
         need_s = heapq.heappop(self._of[tenant])[4]
-        self._now_s = max(self._now_s, used)
-        self._used_s[tenant] = used + need_s
-        heapq.heapreplace(self._turns, (used + need_s, tenant))
+        self._used.turn(used)
+        heapq.heapreplace(self._turns, (self._used.use(tenant, need_s), tenant))
 
 
 class Order:
@@ -184,7 +192,7 @@ class Order:
                 return work
             older = None if known is None else self.drop(known.id)
             self._subjects[key] = work.id
-        entry = entry_of(work)
+        entry = entry_of(work, now)
         self._number += 1
         entry.number = self._number
         self._work[work.id] = work
@@ -192,10 +200,8 @@ class Order:
         if entry.deadline < math.inf:
             self._timed_s[entry.tenant] += entry.need_s
             self._reserve.saw(entry.deadline - now - entry.likely_s, work.value, entry.need_s, now)
-        if work.if_late == "cancel":
-            late_at = work.deadline if work.late_at is None else work.late_at
-            if late_at is not None:
-                heapq.heappush(self._expiring, (late_at, entry.number, work.id))
+        if (stopped_at := work.stopped_at) is not None:
+            heapq.heappush(self._expiring, (stopped_at, entry.number, work.id))
         if now + entry.likely_s <= entry.deadline < math.inf:
             self._hold(entry)
         elif self._possible(entry, now) and entry.deadline < math.inf:
@@ -383,7 +389,7 @@ class Order:
                     self._restore(now, busy_s)
                 return
         if len(self._due) > NEAR and self._since_far * FAR_BLOCKS >= self._due.blocks:
-            gone, all_of_them = self._due.overfull(now, sum(busy_s), self._slots, self._hogs())
+            gone, all_of_them = self._due.overfull(now, busy_s, self._slots, self._hogs())
             if all_of_them:
                 self._since_far = 0
             for entry in gone:

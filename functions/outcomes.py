@@ -162,7 +162,7 @@ def failed_attempt(invocation: Invocation, tried: Attempted, error: ErrorInfo, r
     return Record(subject, encode(failed), fence_subject(run, identity), tried.fence)
 
 
-def unreadable(subject: str, worker: str, queued_at: float, now: float) -> tuple[Outcome, list[Record]]:
+def unreadable(subject: str, worker: str, queued_at: float, now: float, fence: int = 0) -> tuple[Outcome, list[Record]]:
     """Return the outcome of work whose message cannot be read: its subject tells whose it is, and its run ends."""
     _, kind, place, tenant, run, identity = subject.split(".")
     error = ErrorInfo(
@@ -186,7 +186,7 @@ def unreadable(subject: str, worker: str, queued_at: float, now: float) -> tuple
         end=RunEnd(run_id=run, state="failed", error=error, ended_at=now),
         job=JobDone(site=place, state="failed") if kind == "job" else None,
     )
-    return outcome, [done_record(outcome, 0)]
+    return outcome, [done_record(outcome, fence)]
 
 
 def child(
@@ -323,5 +323,5 @@ def outcome_of(
 
 def _unrun_job(invocation: Invocation, state: InvocationState) -> JobDone:
     """Return the end of a job that its site never had."""
-    site = decode(invocation.payload.body, JobWork).site
-    return JobDone(site=site, state="canceled" if state == "canceled" else "failed")
+    work = decode(invocation.payload.body, JobWork)
+    return JobDone(site=work.site, state="canceled" if state == "canceled" else "failed", moves=work.moves)

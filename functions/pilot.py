@@ -1,7 +1,8 @@
 """What still fits into an allocation that ends: work is begun only where it is expected to be over before that.
 
 A pilot is a worker, or an agent of the machine it runs on, inside an allocation of a batch system. Functions go to it
-as to any other worker, without a queue; what it does not begin, others do. Pure.
+as to any other worker, without a queue, and jobs to its site; what it does not begin, others do (``functions.moves``).
+Pure.
 """
 
 from __future__ import annotations

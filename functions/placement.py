@@ -1,18 +1,19 @@
 """Which site a job goes to: from what the sites' agents wrote and what the job asks for. Pure.
 
-A site that can never run the job is rejected, with the reason. One that cannot take it now (its agent is silent, its
-batch system is down) is rejected too, unless the job names it: who names a site means to wait for it. Of the others
-that one is chosen where the job is expected to have ended first.
+A site that can never run the job is rejected, with the reason. Of those that take it now, that one is chosen where the
+job is expected to have ended first. Where none does (an agent is silent, a batch system is down) but one may later, the
+job goes to that one and waits there, in the log. A pilot is chosen only by what fits into it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from functions.outlook import JOBS, NOTHING_KNOWN, Outlook
-from functions.sites import shape_of, status, wait_of
+from functions.pilot import fits
+from functions.sites import is_awaited, shape_of, status, wait_of
 from headrace.errors import UserError
 from headrace.joblog import SiteRecord
 from headrace.jobs import JobSpec
@@ -24,12 +25,22 @@ REJECTED_TOLD_MAX = 10
 class Placement(NamedTuple):
     """The site of a job, None where there is none, and why it is not one of the others, by name.
 
-    ``later`` says that one of the others may take such a job at another time.
+    ``later`` says that none takes the job now, and one of them may at another time: ``site`` is where it waits.
     """
 
     site: str | None
     rejected: dict[str, str]
     later: bool = False
+
+
+class _Later(NamedTuple):
+    """A site that may run the job at another time, best first: known, there, with time for it, and heard last."""
+
+    unknown: bool
+    over: bool
+    too_short: bool
+    silent_s: float
+    name: str
 
 
 class _Offer(NamedTuple):
@@ -48,6 +59,7 @@ def place(
     now: float,
     deadline: float | None = None,
     outlook: Outlook = NOTHING_KNOWN,
+    leaves: Mapping[str, str] | None = None,
 ) -> Placement:
     """Return where a job is to run.
 
@@ -57,28 +69,35 @@ def place(
         now: the present instant.
         deadline: of its run. A site where the job is late is taken only where it is late everywhere.
         outlook: how long jobs of its shape run, by site.
+        leaves: the sites that it is taken away from, with the reason: they are rejected, and not waited for.
     """
-    known = {site.name: site for site in sites}
+    left = leaves or {}
+    known = {site.name: site for site in sites if not is_awaited(site)}
     offers: list[_Offer] = []
     rejected: dict[str, str] = {}
-    waited_for: list[str] = []
+    later: list[_Later] = []
     for name in spec.sites or sorted(known):
         site = known.get(name)
-        if site is None:
-            waited_for.append(name)
+        if name in left:
+            rejected[name] = left[name]
+        elif site is None:
+            later.append(_Later(True, False, False, 0.0, name))
             rejected[name] = "it is not known"
         elif (why := never(spec, site)) is not None:
             rejected[name] = why
+        elif (why := _too_short(spec, site, now, outlook)) is not None:
+            if not spec.sites:  # the next allocation may be a longer one, whatever its name
+                later.append(_later(site, now, too_short=True))
+            rejected[name] = why
         elif (why := not_now(site, now)) is not None:
-            waited_for.append(name)
+            later.append(_later(site, now))
             rejected[name] = why
         else:
             offers.append(_offer(spec, site, now, deadline, outlook))
     if not offers:
-        # The job waits for the first of the sites that it names and that may come back.
-        site_name = waited_for[0] if spec.sites and waited_for else None
-        rejected.pop(site_name or "", None)
-        return Placement(site_name, rejected, later=bool(waited_for))
+        waits_at = min(later).name if later else None
+        rejected.pop(waits_at or "", None)
+        return Placement(waits_at, rejected, later=waits_at is not None)
     best = min(offers)
     for offer in offers:
         if offer != best:
@@ -101,12 +120,28 @@ def never(spec: JobSpec, site: SiteRecord) -> str | None:
     return None
 
 
+def _too_short(spec: JobSpec, site: SiteRecord, now: float, outlook: Outlook) -> str | None:
+    """Return why what is left of an allocation is too little for a job that would start now, or None if it is not."""
+    limit_s = spec.attributes.duration_s or site.duration_s
+    if site.ends_at is None or now >= site.ends_at or limit_s is None:
+        return None
+    runs = outlook.of("run", JOBS, shape_of(spec), site=site.name)
+    if fits(now, site.ends_at, None if runs is None else (runs.p50_s, runs.p90_s), limit_s):
+        return None
+    return f"it ends in {site.ends_at - now:,.0f} s, and the job may take longer"
+
+
 def not_now(site: SiteRecord, now: float) -> str | None:
     """Return why a site takes no jobs now, or None if it does."""
     word, why = status(site, now)
     if word in ("down", "unknown"):
         return f"it is {word}: {why}" if why else f"it is {word}"
     return None if site.accepts else "it takes no more jobs"
+
+
+def _later(site: SiteRecord, now: float, *, too_short: bool = False) -> _Later:
+    ends = site.ends_at is not None and (now >= site.ends_at or not site.accepts)
+    return _Later(False, ends, too_short, now - site.at, site.name)
 
 
 def _offer(spec: JobSpec, site: SiteRecord, now: float, deadline: float | None, outlook: Outlook) -> _Offer:
@@ -135,9 +170,9 @@ def _is_free(spec: JobSpec, site: SiteRecord) -> bool:
 
 
 def refused(spec: JobSpec, placement: Placement) -> UserError:
-    """Return the error of a job that no site can run: which sites there are, and why not.
+    """Return the error of a job that no site can ever run: which sites there are, and why not.
 
-    The function that asks for it is tried again, as often as it may be, where a site may take the job later.
+    The function that asks for it is tried again, as often as it may be, where there is no site at all yet.
     """
     rejected = placement.rejected
     if not rejected:
@@ -150,6 +185,6 @@ def refused(spec: JobSpec, placement: Placement) -> UserError:
     more = f"; and {len(rejected) - REJECTED_TOLD_MAX} more" if len(rejected) > REJECTED_TOLD_MAX else ""
     return UserError(
         f"submit: no site can run {spec.executable}: {told}{more}",
-        hint="Look at `headrace sites`, and change what the job asks for, or name a site that it is to wait for.",
-        transient=placement.later,
+        hint="Look at `headrace sites`, and change what the job asks for.",
+        transient=False,
     )

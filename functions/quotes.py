@@ -15,13 +15,14 @@ from typing import Literal
 from msgspec import Struct, structs
 
 from functions import ladder
-from functions.forecast import size_class
+from functions.forecast import mean_s, size_class
 from functions.outlook import Measure, Outlook
 from headrace.model import Quote, Verdict
 from headrace.wire import Expected, FunctionRecord
 from streams.tables import row_key
 
 AHEAD_SPREAD = 0.5  # of the wait for what is ahead: so much longer it may be, as its pace is known from seconds only
+PACE_WEIGHT = 20.0  # what the slots should do counts like so many outcomes that were seen
 NOTHING_KNOWN = Quote()
 
 
@@ -60,6 +61,29 @@ class Part(Struct, frozen=True):
     name: Literal["ahead", "wait", "run", "rest"]
     p50_s: float
     p90_s: float
+
+
+def pace(ended: int, seconds: float, expected: float) -> float:
+    """Return how many pieces of work are expected to end in a second, while some wait.
+
+    Args:
+        ended: how many did of late, while some waited.
+        seconds: in how much time.
+        expected: how many should, by the slots that there are and by what was learned of such work.
+    """
+    return (ended + PACE_WEIGHT) / (seconds + PACE_WEIGHT / expected)
+
+
+def ahead_s(ahead: float, slots: int, per_second: float, since_s: float) -> float:
+    """Return for how many seconds the work that is ahead keeps a new piece from a slot.
+
+    Args:
+        ahead: how many pieces had not ended when they were last counted, those that run included, and came since.
+        slots: how many run at a time.
+        per_second: how many end in a second while some wait.
+        since_s: how long ago they were counted: some have ended since.
+    """
+    return max(0.0, (ahead + 1.0 - slots) / per_second - since_s)
 
 
 def verdict(p50_s: float, p90_s: float, left_s: float | None) -> Verdict:
@@ -107,7 +131,20 @@ class Quoter:
         """Return what to tell of the way that will be taken."""
         if demand.degrade and function.options.variants:
             return self.plan(function, demand)[0].quote
-        return quote(self._expected("answer", function, demand), self._wait(function, demand), demand)
+        expected = self._about(function, demand.size)
+        return quote(expected("answer"), expected("wait"), demand)
+
+    def need_s(self, tenant: str, function: str, version: str, size: int) -> float | None:
+        """Return how long a function is expected to keep a slot on average, in seconds; None without history.
+
+        Args:
+            tenant: whose it is.
+            function: its name.
+            version: its version.
+            size: the bytes of its payload.
+        """
+        found = self._outlook.of("run", row_key(tenant, function), version, size=size_class(size))
+        return None if found is None else mean_s(found.p50_s, found.p90_s)
 
     def plan(self, function: FunctionRecord, demand: Demand) -> list[Choice]:
         """Return all ways that there are, the one that will be taken first."""
@@ -115,7 +152,7 @@ class Quoter:
         if not (demand.degrade and function.options.variants and left_s is not None):
             plain = structs.replace(demand, degrade=False)
             return [Choice(function.name, function.version, self.quote(function, plain), chosen=True)]
-        wait = self._wait(function, demand)
+        wait = self._about(function, demand.size)("wait")
         find = partial(self._function, function.tenant)
         rungs = ladder.choices(function, find, self._outlook, size=size_class(demand.size))
         # A worker chooses when the function is about to start; it is expected to find so much less time left.
@@ -141,6 +178,8 @@ class Quoter:
             deadline: of the run, epoch seconds or None.
             now: when it comes in, epoch seconds.
         """
+        if deadline is None:
+            return None
         return self._outlook.due(deadline, _key(function), function.version, size_class(size), now)
 
     def parts(self, function: FunctionRecord, demand: Demand) -> list[Part]:
@@ -150,17 +189,16 @@ class Quoter:
             function = self._function(function.tenant, taken) or function
         parts = [Part("ahead", demand.ahead_s, demand.ahead_s * (1.0 + AHEAD_SPREAD))] if demand.ahead_s > 0.0 else []
         measures: tuple[Literal["wait", "run", "rest"], ...] = ("wait", "run", "rest")
+        expected = self._about(function, demand.size)
         for measure in measures:
-            found = self._expected(measure, function, demand)
+            found = expected(measure)
             if found is not None:
                 parts.append(Part(measure, found.p50_s, found.p90_s))
         return parts
 
-    def _wait(self, function: FunctionRecord, demand: Demand) -> Expected | None:
-        return self._expected("wait", function, demand)
-
-    def _expected(self, measure: Measure, function: FunctionRecord, demand: Demand) -> Expected | None:
-        return self._outlook.of(measure, _key(function), function.version, size=size_class(demand.size))
+    def _about(self, function: FunctionRecord, size: int) -> Callable[[Measure], Expected | None]:
+        """Return what tells of a measure what is expected of a function with a payload of so many bytes."""
+        return partial(self._outlook.of, function=_key(function), version=function.version, size=size_class(size))
 
 
 def _key(function: FunctionRecord) -> str:

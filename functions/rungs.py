@@ -12,6 +12,7 @@ others in the log, and ends the run; after a crash in between, the work comes ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -130,13 +131,16 @@ def put(invocation: Invocation, rescue: Rescue, spent: TimeLedger, since: float,
     rung = invocation.rung
     assert rung is not None  # noqa: S101 - who calls has looked
     choice = rescue.choice
+    # A clock that is behind has the deadline far ahead: no run has longer to go than it had when it was accepted.
+    span_s = math.inf if invocation.deadline is None else invocation.deadline - invocation.accepted_at
+    at = min(rescue.at, now + span_s)
     return _start(
         invocation,
         now,
         invocation_id=rung_id(rung.asked, choice.level),
         function=choice.function,
         version=choice.version,
-        not_before=rescue.at if rescue.at > now else 0.0,
+        not_before=at if at > now else 0.0,
         due=invocation.deadline,
         spent=_up_to(spent, since, now),
         rung=structs.replace(rung, level=choice.level, role="rescue"),

@@ -14,6 +14,7 @@ from functions import trail
 from functions.forecast import size_class
 from functions.outlook import NOTHING_KNOWN, Outlook
 from functions.qos import lane
+from headrace.failures import together
 from headrace.model import ErrorInfo
 from headrace.names import invocation_id
 from headrace.wire import GATHER, Gather, Invocation, Outcome, Payload, RunEnd, Slot, Tally, decode, encode
@@ -134,7 +135,8 @@ def upward(scope: Scope, last: Fill) -> Fill | Record | None:
     if not scope.full or (slot.then is not None and not scope.failed):
         return None
     failed = bool(scope.failed)
-    error = _told(scope) if failed else None
+    made = last.outcome
+    error = together(scope.error, len(scope.failed), slot, made.function, made.invocation_id) if failed else None
     if slot.parent is not None:
         return structs.replace(last, slot=slot.parent, failed=failed, error=error)
     late = error is not None and error.kind == "deadline"
@@ -149,17 +151,3 @@ def upward(scope: Scope, last: Fill) -> Fill | Record | None:
     )
     subject = end_subject(ended.run_id)
     return Record(subject, encode(ended), subject)
-
-
-def _told(scope: Scope) -> ErrorInfo:
-    """Return one error for all that failed in a scope, led by the first."""
-    first = scope.error or ErrorInfo(kind="user", message="a branch failed")
-    if scope.size == 1 or first.kind == "map":
-        return first
-    if first.kind == "deadline":  # nobody needs the answer any more, which is no failure of any of them
-        return ErrorInfo(kind=first.kind, message=f"{len(scope.failed):,} of {scope.size:,} branches: {first.message}")
-    return ErrorInfo(
-        kind="map",
-        message=f"{len(scope.failed):,} of {scope.size:,} branches failed; the first: {first.kind}: {first.message}",
-        traceback=first.traceback,
-    )

@@ -119,12 +119,11 @@ class _Simulation:
         place = self._place[work.id]
         piece = self._pieces[place]
         until = now + piece.seconds
-        late_at = work.deadline if work.late_at is None else work.late_at
-        if work.if_late == "cancel" and late_at is not None:
-            if now > late_at:
+        if (stopped_at := work.stopped_at) is not None:
+            if now > stopped_at:
                 self._end(work, End("late", now))
                 return True
-            until = min(until, late_at)
+            until = min(until, stopped_at)
         self._began[place] = now
         self._busy.begin(work.id, None if work.p50_s is None else (work.p50_s, work.p90_s or work.p50_s))
         heapq.heappush(self._events, (until, _ENDS, place))

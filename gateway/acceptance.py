@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import NamedTuple
 
 from functions.admission import Admitted, check_feasible, is_feasible
@@ -117,15 +116,17 @@ class Acceptance:
         finally:
             self._quota.done(wanted, appended=appended)
 
-    def _wanted(self, admitted: list[Admitted]) -> tuple[Counter[RouteOf], dict[RouteOf, int]]:
+    def _wanted(self, admitted: list[Admitted]) -> tuple[dict[RouteOf, int], dict[RouteOf, int]]:
         """Return how many runs are asked for on routes with a limit, and those limits."""
+        wanted: dict[RouteOf, int] = {}
         limits: dict[RouteOf, int] = {}
-        counted = [_route_of(a) for a in admitted if not a.retraction]
-        for route in counted:
+        for one in admitted:
+            route = _route_of(one)
             record = self._tables.routes.get(row_key(*route))
-            if record is not None and record.route.max_in_flight is not None:
+            if record is not None and record.route.max_in_flight is not None and not one.retraction:
                 limits[route] = record.route.max_in_flight
-        return Counter(route for route in counted if route in limits), limits
+                wanted[route] = wanted.get(route, 0) + 1
+        return wanted, limits
 
     async def _existing(self, pending: dict[str, Admitted]) -> list[Invocation]:
         """Return the first invocations of those runs that the log has already."""

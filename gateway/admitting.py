@@ -18,7 +18,7 @@ from gateway.needs import Tables
 from headrace.errors import BadRequest, Conflict, NotFound
 from headrace.model import Quote
 from headrace.names import check_name
-from headrace.wire import EventMeta, FunctionRecord, Payload, RouteRecord
+from headrace.wire import EventMeta, FunctionRecord, Invocation, Payload, RouteRecord
 from streams.tables import row_key
 
 TRIGGER_TYPE = "org.headrace.trigger"
@@ -78,7 +78,13 @@ class Admitting:
         return found
 
     def quote(
-        self, route: RouteRecord, function: FunctionRecord, size: int, deadline: float | None, now: float
+        self,
+        route: RouteRecord,
+        function: FunctionRecord,
+        size: int,
+        deadline: float | None,
+        now: float,
+        behind: int = 0,
     ) -> Quoted:
         """Return what is told of a run.
 
@@ -88,25 +94,41 @@ class Admitting:
             size: the bytes of its payload.
             deadline: of the run, epoch seconds or None.
             now: when it comes in, epoch seconds.
+            behind: how many runs of the same request come before it.
         """
         due = self._quoter.due(function, size, deadline, now)
-        return Quoted(self._quoter.quote(function, self._demand(route, size, deadline, due, now)), due)
+        return Quoted(
+            self._quoter.quote(function, self._demand(route, function, size, deadline, due, now, behind)), due
+        )
 
     def plan(
         self, route: RouteRecord, function: FunctionRecord, size: int, deadline: float | None, now: float
     ) -> tuple[list[Choice], list[Part]]:
         """Return all ways to the answer, the chosen one first, and where the time of the function is expected to go.
 
-        Takes what ``quote`` takes.
+        Takes what ``quote`` takes of a run that comes alone.
         """
         due = self._quoter.due(function, size, deadline, now)
-        demand = self._demand(route, size, deadline, due, now)
+        demand = self._demand(route, function, size, deadline, due, now)
         return self._quoter.plan(function, demand), self._quoter.parts(function, demand)
 
-    def _demand(self, route: RouteRecord, size: int, deadline: float | None, due: float | None, now: float) -> Demand:
-        return Demand(
-            size, self._backlog.wait_s(due, now, route.tenant), deadline, now, route.route.on_late == "degrade"
-        )
+    def need_s(self, first: Invocation) -> float | None:
+        """Return how long an invocation is expected to keep a slot, in seconds; None where nothing is known of it."""
+        return self._quoter.need_s(first.tenant, first.function, first.version, first.payload.size)
+
+    def _demand(
+        self,
+        route: RouteRecord,
+        function: FunctionRecord,
+        size: int,
+        deadline: float | None,
+        due: float | None,
+        now: float,
+        behind: int = 0,
+    ) -> Demand:
+        need_s = self._quoter.need_s(function.tenant, function.name, function.version, size)
+        ahead_s = self._backlog.wait_s(due, now, route.tenant, behind, need_s)
+        return Demand(size, ahead_s, deadline, now, route.route.on_late == "degrade")
 
     def admit(
         self,
@@ -117,6 +139,7 @@ class Admitting:
         *,
         deadline: float | None,
         now: float,
+        behind: int = 0,
     ) -> Admitted:
         """Return the run of an event on a route of its tenant, with the records that accept it.
 
@@ -127,6 +150,7 @@ class Admitting:
             function: what that route leads to.
             deadline: of the run, epoch seconds or None.
             now: epoch seconds.
+            behind: how many runs of the same request come before it.
 
         Raises:
             BadRequest: the route tells revisions by something that the event does not have.
@@ -134,7 +158,7 @@ class Admitting:
         revises = standing(route, offer.event, offer.payload)
         quoted = Quoted(UNKNOWN, None)
         if not revises.retraction:
-            quoted = self.quote(route, function, kept.size, deadline, now)
+            quoted = self.quote(route, function, kept.size, deadline, now, behind)
         return admit(
             event=offer.event,
             payload=kept,

@@ -69,6 +69,7 @@ def build(
     version: str,
     limits: GatewayLimits | None = None,
     lanes: Lanes | None = None,
+    slots: Callable[[], int] = lambda: 0,
     direct: Landing | None = None,
     public_url: str = "",
     clock: Callable[[], float] = time.time,
@@ -86,6 +87,7 @@ def build(
         version: of the platform, for ``/openapi.json`` and ``/metrics``.
         limits: how much to take on.
         lanes: how much work waits; without it nothing is refused because it would be late.
+        slots: how many invocations all workers run at a time, as far as is known.
         direct: where uploads arrive that do not come through here; without it they do.
         public_url: where callers reach it, if that is not the ``Host`` they send (behind a proxy).
         clock: the time in epoch seconds.
@@ -98,7 +100,7 @@ def build(
     fill = Fill(log, limits.log_share_max)
     tokens = auth.Tokens(token, tables.tenants)
     gate = Gate(limits, disk, fill, tokens.shared)
-    backlog = Backlog(lanes, backlog_max=limits.backlog_max)
+    backlog = Backlog(lanes, backlog_max=limits.backlog_max, slots=slots)
     books = RunBooks(log=log, follow=follow, reader=reader)
     waiting = Waiting(log=log, books=books, seats_max=limits.waiting_max, shared=tokens.shared)
     quoter = Quoter(Outlook(tables.forecasts.get), _functions(tables))
@@ -115,7 +117,7 @@ def build(
     handlers = {
         **_ingest(Ingest(entrance, books=books, waiting=waiting, metrics=metrics), DryRun(entrance)),
         **_uploads(uploads),
-        **_runs(Runs(books=books, log=log, reader=reader, blobs=blobs, clock=clock), live),
+        **_runs(Runs(books=books, log=log, reader=reader, blobs=blobs, why_waits=sites.why_waits, clock=clock), live),
         **_dead(DeadList(behind, acceptance=acceptance, admitting=admitting, books=books, gate=gate, clock=clock)),
         "get_history": History(log=log, follow=follow, clock=clock).page,
         **_catalog(Catalog(tables=tables, blobs=blobs, gate=gate, clock=clock)),

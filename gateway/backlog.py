@@ -6,6 +6,9 @@ would wait for more than half of the time it has is refused with 503 and the tim
 Nothing is learned, and nothing refused, while no work waits; and what may wait at all is bounded by ``backlog_max``.
 What workers hold counts as waiting: they hold more than they run, so that their order has something to choose from.
 
+A quote is told from the first of a burst on: what the slots of the workers that are there should do in a second, by
+what was learned of the work that waits, stands in for what was not seen yet.
+
 Workers take of every tenant in turn, so of another's work no more is ahead than one has oneself. Where several share
 the platform, each may have as much waiting as there is room left for the others: one alone half of ``backlog_max``, two
 a third each. Who has more is told so (429), and the others are still accepted.
@@ -19,15 +22,19 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from operator import add
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import add, sub
 from typing import NamedTuple
 
+from functions.admission import due_of
 from functions.qos import lane
+from functions.quotes import ahead_s, pace
 from functions.sizes import Sizes
 from gateway.needs import Lanes
 from gateway.problems import Busy
 from headrace.errors import Overloaded, Unavailable
+from headrace.wire import Invocation
 from streams.backlog import Look
 from streams.tables import row_key
 from streams.topology import DEFAULT_TENANT, LANES
@@ -57,6 +64,32 @@ class _Sample(NamedTuple):
     accepted: int
 
 
+class _Load:
+    """What was learned of the work that waits: the mean duration of one piece, in seconds."""
+
+    __slots__ = ("_count", "_seconds")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._seconds = 0.0
+
+    @property
+    def each_s(self) -> float | None:
+        """The mean, None where nothing is known of any."""
+        return self._seconds / self._count if self._count else None
+
+    def add(self, seconds: float, pieces: int) -> None:
+        """Take in that so many pieces came which need so many seconds each."""
+        self._count += pieces
+        self._seconds += pieces * seconds
+
+    def shrink(self, left: int) -> None:
+        """Take in that no more than so many are left; which ones is not known."""
+        if left < self._count:
+            self._seconds *= left / self._count
+            self._count = left
+
+
 class Backlog:
     """Knows how much waits, and refuses what would wait too long."""
 
@@ -65,6 +98,7 @@ class Backlog:
         lanes: Lanes | None,
         *,
         backlog_max: int,
+        slots: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
@@ -73,15 +107,21 @@ class Backlog:
         Args:
             lanes: whom to ask; without one nothing is ever refused.
             backlog_max: how much may wait at all.
+            slots: how many pieces of work all workers run at a time, as far as is known.
             clock: monotonic seconds.
             rng: where the jitter of ``Retry-After`` comes from.
         """
         self._lanes = lanes
         self._backlog_max = backlog_max
+        self._slots = slots
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 - spreads retries, no secret
         self._waiting: Mapping[str, Sequence[int]] = {}  # by tenant and lane
         self._taken: dict[str, list[int]] = {}
+        self._coming: dict[str, list[int]] = {}
+        self._waiting_count = 0
+        self._taken_count = 0
+        self._load = _Load()
         self._accepted = 0
         self._samples: deque[_Sample] = deque()
         self._waits_since = 0.0
@@ -95,16 +135,17 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """How much waits for a worker, as far as is known."""
-        return sum(self._count(tenant) for tenant in {*self._waiting, *self._taken})
+        return self._waiting_count + self._taken_count
 
     def _count(self, tenant: str, lanes: int = LANES) -> int:
         """Return how much of a tenant's work waits in the first so many lanes."""
-        return sum(self._waiting.get(tenant, ())[:lanes]) + sum(self._taken.get(tenant, ())[:lanes])
+        counts = (self._waiting.get(tenant, ()), self._taken.get(tenant, ()), self._coming.get(tenant, ()))
+        return sum([sum(by_lane[:lanes]) for by_lane in counts])
 
     def _ahead(self, tenant: str, lanes: int, runs: int) -> int:
         """Return how much is done before runs of a tenant that come last in the first so many lanes."""
         own = self._count(tenant, lanes)
-        others = {*self._waiting, *self._taken} - {tenant}
+        others = {*self._waiting, *self._taken, *self._coming} - {tenant}
         return own + sum(min(self._count(other, lanes), own + runs) for other in others)
 
     def per_second(self) -> float | None:
@@ -134,18 +175,38 @@ class Backlog:
         to_do = expected - (last.ended - self._rest.ended)
         return min(each, max(1.0, to_do / max(1, last.waiting)))
 
-    def wait_s(self, deadline: float | None, now: float, tenant: str = DEFAULT_TENANT) -> float:
+    def wait_s(
+        self,
+        deadline: float | None,
+        now: float,
+        tenant: str = DEFAULT_TENANT,
+        behind: int = 0,
+        need_s: float | None = None,
+    ) -> float:
         """Return how many seconds what is ahead of a run with this deadline keeps it waiting; 0 while nothing waits.
 
         Args:
             deadline: epoch seconds, or None.
             now: epoch seconds.
             tenant: whose run it is.
+            behind: how many runs of the same request come before it.
+            need_s: how long it is expected to run, in seconds: so is what is ahead, where nothing is known of that.
         """
-        per_second = self.per_second()
-        if per_second is None:
-            return 0.0
-        return self._ahead(tenant, lane(deadline, now) + 1, 1) * self.following() / per_second
+        slots, each_s = self._slots(), self._load.each_s or need_s
+        if not slots or not each_s:
+            per_second = self.per_second()
+            if per_second is None:
+                return 0.0
+            return (self._ahead(tenant, lane(deadline, now) + 1, 1) + behind) * self.following() / per_second
+        ended, seconds = 0, 0.0
+        if self._samples:
+            first, last = self._samples[0], self._samples[-1]
+            ended, seconds = last.ended - first.ended, last.at - first.at
+        ahead = (self._ahead(tenant, lane(deadline, now) + 1, 1) + behind) * self.following()
+        per_second = pace(ended, seconds, slots / each_s)
+        # Of what was seen some has ended meanwhile; of what came since nothing is taken to.
+        since_s = min(max(0.0, self._clock() - self._looked_at), self._waiting_count / per_second)
+        return ahead_s(ahead, slots, per_second, since_s)
 
     def check(self, deadline: float | None, now: float, runs: int = 1, tenant: str = DEFAULT_TENANT) -> None:
         """Return if runs with this deadline would be begun in time; ``now`` and ``deadline`` in epoch seconds.
@@ -160,8 +221,9 @@ class Backlog:
         waiting = self.waiting
         if waiting + runs > self._backlog_max:
             raise self._refusal(f"{waiting:,} pieces of work wait, the limit is {self._backlog_max:,}", 1.0)
-        self._check_share(tenant, runs, self._backlog_max - waiting)
-        per_second = self.per_second()
+        if len(self._waiting) > 1:
+            self._check_share(tenant, runs, self._backlog_max - waiting)
+        per_second = None if deadline is None else self.per_second()
         if deadline is None or per_second is None:
             return
         ahead = self._ahead(tenant, lane(deadline, now) + 1, runs)
@@ -176,7 +238,7 @@ class Backlog:
 
     def _check_share(self, tenant: str, runs: int, room: int) -> None:
         own = self._count(tenant)
-        if len(self._waiting) > 1 and own + runs > room:
+        if own + runs > room:
             raise Overloaded(
                 f"{own:,} pieces of your work wait; of the {self._backlog_max:,} that may wait, the other {room:,} are "
                 "kept for other tenants",
@@ -184,11 +246,43 @@ class Backlog:
                 retry_after_s=self._spread(1.0),
             )
 
-    def took(self, route: str, deadline: float | None, now: float, runs: int = 1, tenant: str = DEFAULT_TENANT) -> None:
-        """Count runs that were accepted on a tenant's route, until the next look sees them."""
+    @contextmanager
+    def coming(self, firsts: Iterable[Invocation]) -> Iterator[None]:
+        """Count runs that are on their way into the log as ahead of what comes in meanwhile."""
+        places = [(first.tenant, lane(due_of(first), first.accepted_at)) for first in firsts]
+        for tenant, at in places:
+            self._coming.setdefault(tenant, [0] * LANES)[at] += 1
+        try:
+            yield
+        finally:
+            for tenant, at in places:
+                self._coming[tenant][at] -= 1
+
+    def took(
+        self,
+        route: str,
+        deadline: float | None,
+        now: float,
+        runs: int = 1,
+        tenant: str = DEFAULT_TENANT,
+        need_s: float | None = None,
+    ) -> None:
+        """Count runs that were accepted on a tenant's route, until the next look sees them.
+
+        Args:
+            route: its name.
+            deadline: by when the function has to end, epoch seconds or None.
+            now: epoch seconds.
+            runs: how many.
+            tenant: whose they are.
+            need_s: how long the function is expected to run, in seconds; None where that is not known.
+        """
         self._sizes.accept(row_key(tenant, route), runs)
         self._taken.setdefault(tenant, [0] * LANES)[lane(deadline, now)] += runs
+        self._taken_count += runs
         self._accepted += runs
+        if need_s is not None:
+            self._load.add(need_s, runs)
 
     async def close(self) -> None:
         """Look no more."""
@@ -216,7 +310,7 @@ class Backlog:
         """Say whether the last look was too long ago."""
         now = self._clock()
         young = bool(self._samples) and now - self._waits_since < YOUNG_S
-        soon = young or sum(map(sum, self._taken.values())) >= LOOK_RUNS
+        soon = young or self._taken_count >= LOOK_RUNS
         return now - self._looked_at >= (LOOK_SOON_S if soon else LOOK_S)
 
     async def _look_on(self) -> None:
@@ -229,12 +323,15 @@ class Backlog:
 
     async def _look(self) -> None:
         assert self._lanes is not None  # noqa: S101 - check returned before
-        before, self._taken = self._taken, {}
+        before, count = {tenant: [*taken] for tenant, taken in self._taken.items()}, self._taken_count
         try:
-            self.learn(await self._lanes.look())
+            look = await self._lanes.look()
+            # What came before it was asked for is in it; until it was there, nothing else told of that.
+            for tenant, seen in before.items():
+                self._taken[tenant] = list(map(sub, self._taken[tenant], seen))
+            self._taken_count -= count
+            self.learn(look)
         except Unavailable as error:
-            for tenant, taken in before.items():
-                self._taken[tenant] = list(map(add, taken, self._taken.get(tenant, (0,) * LANES)))
             _log.debug("no look at the backlog: %s", error)
         finally:
             self._looked_at = self._clock()
@@ -248,6 +345,8 @@ class Backlog:
             self._samples.clear()
         # What workers hold is mostly not begun either, and what they gave back waits with them.
         self._waiting = look.tenants or {DEFAULT_TENANT: tuple(map(add, look.waiting, look.held))}
+        self._waiting_count = sum(map(sum, self._waiting.values()))
+        self._load.shrink(self._waiting_count + self._taken_count)
         if not sample.waiting:
             self._rest_at(sample)
         if not self._waits(look):

@@ -82,7 +82,7 @@ class Ingest:
                     content_type, request.headers.items(), await held.read(), events_max=self._limits.batch_events_max
                 )
                 self._door.events += len(received)
-                accepted = await self._acceptance.append(await self._admit_events(received, tenant_of(request)))
+                accepted = await self._append(await self._admit_events(received, tenant_of(request)))
             finally:
                 held.leave()
         except HeadraceError:
@@ -109,7 +109,7 @@ class Ingest:
                 admitted = await self._admit_trigger(request, route, await held.read())
                 if before is not None:
                     await before(admitted.invocation.run_id)
-                [accepted] = await self._acceptance.append([admitted])
+                [accepted] = await self._append([admitted])
             finally:
                 held.leave()
         except HeadraceError:
@@ -151,19 +151,25 @@ class Ingest:
                     await self._admitting.function(route),
                     deadline=route_deadline(route.route, None, now) if own_deadline is None else own_deadline,
                     now=now,
+                    behind=len(admitted),
                 )
                 known = admitted.setdefault(one.invocation.run_id, one)
                 check_same(known.invocation, offer.digest)
         check_batch(list(admitted.values()), self._backlog, now)
         return list(admitted.values())
 
+    async def _append(self, admitted: list[Admitted]) -> list[Accepted]:
+        with self._backlog.coming([one.invocation for one in admitted]):
+            return await self._acceptance.append(admitted)
+
     # ------------------------------------------------------------ answers
 
     def _count(self, accepted: list[Accepted], began: float) -> None:
         now = self._clock()
-        for one in accepted:
-            if not one.duplicate:
-                self._backlog.took(one.first.route, due_of(one.first), now, tenant=one.first.tenant)
+        for first, duplicate in accepted:
+            if not duplicate:
+                need_s = self._admitting.need_s(first)
+                self._backlog.took(first.route, due_of(first), now, tenant=first.tenant, need_s=need_s)
         duplicates = sum(one.duplicate for one in accepted)
         self._door.duplicate += duplicates
         self._door.accepted += len(accepted) - duplicates

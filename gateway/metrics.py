@@ -12,7 +12,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from functions.sites import status
+from functions.sites import is_told, status
 from headrace.clock import parse_instant
 from headrace.joblog import SiteRecord
 from headrace.model import Audit
@@ -109,10 +109,12 @@ class SitesSeen(Collector):
         for record in self.records():
             families["up"].add_metric([record.name], float(status(record, now)[0] == "up"))
             families["silent_seconds"].add_metric([record.name], max(0.0, now - record.at))
-            families["jobs_waiting"].add_metric([record.name], record.jobs_waiting)
             if record.gpus_total is not None:
                 families["gpus"].add_metric([record.name], record.gpus_total)
-                families["gpus_free"].add_metric([record.name], record.gpus_free or 0)
+            if is_told(record, now):
+                families["jobs_waiting"].add_metric([record.name], record.jobs_waiting)
+                if record.gpus_free is not None:
+                    families["gpus_free"].add_metric([record.name], record.gpus_free)
         yield from families.values()
 
 

@@ -141,7 +141,7 @@ class Reports:
             fraction=fraction,
             text=words,
         )
-        await self._log.append([Record(report_subject(run, job, site), encode(report))])
+        await self._log.append([Record(report_subject(run, job, site), encode(report), hint=True)])
 
     async def _prove(self, run: str, job: str, secret: str) -> Known:
         """Return what is known of the job if this is the secret of its newest attempt.

@@ -19,7 +19,7 @@ from gateway.auth import tenant_of
 from gateway.needs import Follow, Log, Reader
 from headrace.clock import parse_instant
 from headrace.errors import BadRequest, Conflict, NotFound, RunCanceled, RunFailed, RunRetracted, TooLarge, Unavailable
-from headrace.model import FINAL, RunState, RunView
+from headrace.model import FINAL, JobView, RunState, RunView
 from headrace.names import check_name
 from headrace.wire import Cancel, Outcome, Payload, decode, encode
 from streams.blobs import Blobs
@@ -194,8 +194,17 @@ class Runs:
     """The endpoints under ``/v1/runs``."""
 
     def __init__(
-        self, *, books: RunBooks, log: Log, reader: Reader, blobs: Blobs, clock: Callable[[], float] = time.time
+        self,
+        *,
+        books: RunBooks,
+        log: Log,
+        reader: Reader,
+        blobs: Blobs,
+        why_waits: Callable[[str], str],
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """Use what they are read from; ``why_waits`` tells why a job waits for a site, empty where it is taken."""
+        self._why_waits = why_waits
         self._books = books
         self._log = log
         self._reader = reader
@@ -204,7 +213,11 @@ class Runs:
 
     async def one(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/runs/{run_id}``."""
-        return as_json(await self._books.of(tenant_of(request)).read(request.match_info["run_id"]))
+        found = await self._books.of(tenant_of(request)).read(request.match_info["run_id"])
+        return as_json(structs.replace(found, jobs=[self._told(job) for job in found.jobs]))
+
+    def _told(self, job: JobView) -> JobView:
+        return job if job.state != "new" else structs.replace(job, why=self._why_waits(job.site) or job.why)
 
     async def page(self, request: web.Request) -> web.Response:
         """Answer ``GET /v1/runs``."""

@@ -1,8 +1,4 @@
-"""The sites over HTTP, in our words and in those of the IRI Facility API; and who wants to hear when one changes.
-
-A site's agent writes its row with its own clock. How long it has been silent is counted here from the moment a row was
-seen to change, so that two clocks need not agree; of rows that were there before this process, by what they say.
-"""
+"""The sites over HTTP, in our words and in those of the IRI Facility API; and who wants to hear when one changes."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from aiohttp import web
 from msgspec import Struct, structs
@@ -65,20 +61,12 @@ class IncidentView(Struct, frozen=True, kw_only=True):
     resolution: Literal["unresolved", "cancelled", "completed", "extended", "pending"]
 
 
-class _Heard(NamedTuple):
-    """The instant in a row by the agent's clock, and ours when the row changed; None where it was there before us."""
-
-    at: float
-    here: float | None
-
-
 class Sites:
     """The endpoints under ``/v1/sites`` and ``/status``. Sites are there for all tenants."""
 
     def __init__(self, tables: Tables, clock: Callable[[], float] = time.time) -> None:
         self._rows = tables.sites
         self._clock = clock
-        self._heard = {name: _Heard(row.at, None) for name, row in self._rows.items().items()}
         self._views: dict[str, SiteView] = {}
         self._changed = asyncio.Event()
         self.forget = self._rows.listen(self.look)
@@ -121,20 +109,18 @@ class Sites:
     # ------------------------------------------------------------ what is known
 
     def records(self) -> list[SiteRecord]:
-        """Return all sites by name; ``at`` is when each was heard last by our own clock."""
-        return [self._ours(name, row) for name, row in sorted(self._rows.items().items())]
+        """Return all sites by name."""
+        return [row for _, row in sorted(self._rows.items().items())]
+
+    def why_waits(self, name: str) -> str:
+        """Return why a job waits that was sent to a site and is not submitted there; empty where the site takes it."""
+        return sites.why_waits(name, self._rows.get(name), self._clock())
 
     def _record(self, name: str) -> SiteRecord:
         found = self._rows.get(check_name(name, "site name"))
         if found is None:
             raise NotFound(f"there is no site {name}", hint="GET /v1/sites lists them.")
-        return self._ours(name, found)
-
-    def _ours(self, name: str, row: SiteRecord) -> SiteRecord:
-        heard = self._heard.get(name)
-        if heard is None or heard.at != row.at:
-            heard = self._heard[name] = _Heard(row.at, self._clock())
-        return row if heard.here is None else structs.replace(row, at=heard.here)
+        return found
 
     def _incidents(self) -> list[IncidentView]:
         now = self._clock()
@@ -180,23 +166,31 @@ class Sites:
 
 
 def view_of(record: SiteRecord, now: float) -> SiteView:
-    """Return a site as ``GET /v1/sites/{name}`` shows it at an instant."""
+    """Return a site as ``GET /v1/sites/{name}`` shows it at an instant: without what is free where nobody can tell."""
     word, why = sites.status(record, now)
-    queue: dict[str, float | None] = {"jobs": record.jobs_waiting, "running": record.jobs_running}
-    queue["wait_p50_s"] = None if record.wait is None else record.wait.p50_s
-    queue["wait_p90_s"] = None if record.wait is None else record.wait.p90_s
+    told = sites.is_told(record, now)
+    queue: dict[str, int | float | None] = {
+        "jobs": record.jobs_waiting if told else None,
+        "running": record.jobs_running if told else None,
+        "wait_p50_s": None if record.wait is None else record.wait.p50_s,
+        "wait_p90_s": None if record.wait is None else record.wait.p90_s,
+    }
     gpus, nodes = {}, {}
     if record.gpus_total is not None:
-        gpus = {"total": record.gpus_total, "free": record.gpus_free or 0}
+        gpus = {"total": record.gpus_total}
+        if told and record.gpus_free is not None:
+            gpus["free"] = record.gpus_free
     if record.nodes_total is not None:
-        nodes = {"total": record.nodes_total, "free": record.nodes_free or 0, "unusable": record.nodes_unusable}
+        nodes = {"total": record.nodes_total, "unusable": record.nodes_unusable}
+        if told and record.nodes_free is not None:
+            nodes["free"] = record.nodes_free
     return SiteView(
         name=record.name,
         kind=record.kind,
         status=word,
         gpus=gpus,
         queue=queue,
-        last_seen_at=format_instant(record.at),
+        last_seen_at=None if sites.is_awaited(record) else format_instant(record.at),
         nodes=nodes,
         detail=why,
         since=format_instant(_since(record, now)),

@@ -15,10 +15,10 @@ from gateway.runs import RunBook
 from headrace.clock import format_instant, maybe_instant
 from headrace.errors import NotFound, Unavailable
 from headrace.failures import size_text
-from headrace.joblog import JOB, Report, Submitted
+from headrace.joblog import JOB, Held, Report, Submitted
 from headrace.model import FINAL
 from headrace.wire import Attempt, Cancel, Invocation, Moved, Note, Outcome, RunEnd, Started, decode
-from streams.record import RunRecord
+from streams.record import RunRecord, moves_of
 from streams.stored import Stored
 from streams.topology import kind_of
 
@@ -47,6 +47,8 @@ def _read(stored: Stored) -> Told:
             return _job_waits(decode(stored.body, Invocation), stored)
         case "submit":
             return _submitted(decode(stored.body, Submitted))
+        case "held":
+            return _held(decode(stored.body, Held))
         case "start":
             return _started(decode(stored.body, Started))
         case "try":
@@ -104,7 +106,11 @@ def _queued(work: Invocation, stored: Stored) -> Told:
 
 def _job_waits(work: Invocation, stored: Stored) -> Told:
     site = stored.subject.split(".")[2]
-    return [("job", {**_job_head(work), "site": site, "state": "new", "native_id": None})]
+    told: Told = [("job", {**_job_head(work), "site": site, "state": "new", "native_id": None})]
+    for move in moves_of(work)[-1:]:
+        head = {"run_id": work.run_id, "invocation_id": work.invocation_id, "at": format_instant(move.at)}
+        told.append(("log", {**head, "level": "info", "text": f"moved from {move.site} to {site}: {move.why}"}))
+    return told
 
 
 def _submitted(fact: Submitted) -> Told:
@@ -117,6 +123,12 @@ def _submitted(fact: Submitted) -> Told:
         "submitted_at": format_instant(fact.at),
     }
     return [("job", data)]
+
+
+def _held(fact: Held) -> Told:
+    head = {"run_id": fact.run_id, "invocation_id": fact.invocation_id, "at": format_instant(fact.at)}
+    job = {"run_id": fact.run_id, "job_id": fact.invocation_id, "site": fact.site, "state": "new", "why": fact.why}
+    return [("job", job), ("log", {**head, "level": "info", "text": f"it is not submitted yet: {fact.why}"})]
 
 
 def _job_head(fact: Invocation | Started | Attempt | Outcome) -> Data:

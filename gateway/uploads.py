@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 WRITERS_MAX = 32
 SWEEP_S = 300.0
 SILENCE_S_MAX = 30.0
+PACE_BYTES_MIN = 1024 * 1024  # a second, of whoever sends much
 _CHUNK_BYTES = 1024 * 1024
 
 
@@ -114,7 +115,9 @@ class Uploads:
             raise Busy(f"{number} uploads are open", hint="Complete some, or wait until they expire.", retry_after_s=30)
         self._disk.check(body.size + reserved if self._landing is self._spool else 0)
         upload_id = secrets.token_hex(16)
-        expires_at = self._clock() + limits.upload_keep_seconds
+        # A second more for each MiB: on a slow line the last part must not come too late.
+        keep_s = limits.upload_keep_seconds + body.size / PACE_BYTES_MIN
+        expires_at = self._clock() + keep_s
         announced = Announced(
             size=body.size,
             part_bytes=limits.upload_part_bytes,
@@ -123,7 +126,6 @@ class Uploads:
             content_type=body.content_type,
             tenant=tenant_of(request),
         )
-        keep_s = limits.upload_keep_seconds
         announced, addresses = await asyncio.to_thread(self._landing.begin, upload_id, announced, keep_s)
         base = f"{self._public_url or request.url.origin()}/v1/uploads/{upload_id}"
         numbers = range(1, announced.parts + 1)

@@ -120,6 +120,7 @@ _serve("demo", "Start a platform, send it real triggers, and check every answer.
 _serve("doctor", "Look for what is wrong; each finding says its cure.")
 _serve("setup", "Make the stream and the tables on servers of your own.")
 _serve("tenant", "Add, list and remove those who share the platform: tenant add NAME.")
+_serve("site", "Make the user of a site's agent, or remove a site that is no more: site user NAME.")
 _serve("gateway", "Run one gateway, configured by file and environment.")
 _serve("worker", "Run one worker, configured by file and environment.")
 _serve("agent", "Run the agent of a site: it submits the site's batch jobs and tells how they end.")
@@ -372,7 +373,7 @@ async def _watch(run_id: str | None, as_json: bool) -> int:
             async for event in events:
                 if as_json:
                     print(render.as_json(event), flush=True)
-                else:
+                elif render.worth_a_line(event):
                     out.print(render.event_line(event, with_run=run is None), soft_wrap=True)
         return GOOD if run is None else _standing(await run.ended())
 

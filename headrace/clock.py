@@ -13,6 +13,7 @@ from functools import lru_cache
 from headrace.errors import BadRequest
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
+DURATION_S_MAX = 366 * 86400.0
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _RFC3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2})")
 
@@ -22,11 +23,13 @@ def parse_duration(text: str, what: str = "duration") -> float:
     """Return the seconds of "500ms", "60s", "1.5m", "2h" or "1d".
 
     Raises:
-        BadRequest: the text is none of these, or the duration is not above zero.
+        BadRequest: the text is none of these, or the duration is not above zero, or above 366 days.
     """
     match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
     seconds = float(match[1]) * _UNIT_S[match[2]] if match else 0.0
-    if not 0.0 < seconds <= 366 * 86400:
+    if seconds > DURATION_S_MAX:
+        raise BadRequest(f"{what}: {ascii(text)[:80]} is longer than 366 days", hint="Nothing waits that long.")
+    if seconds <= 0.0:
         raise BadRequest(
             f"{what}: {ascii(text)[:80]} is not a duration",
             hint='Write a number above zero with a unit, such as "500ms", "60s", "10m" or "2h".',

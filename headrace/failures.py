@@ -1,4 +1,6 @@
-"""What is told of an exception that a user's code raised: one line, and a traceback of the user's own frames."""
+"""What is told of failures: of an exception that a user's code raised, in one line and with the user's own frames, and
+of members that end together.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ import traceback
 from collections.abc import Iterable
 
 from headrace.errors import BadRequest, FunctionError, HeadraceError, LoadError
+from headrace.joblog import JOB
 from headrace.model import ErrorInfo
+from headrace.names import invocation_id
+from headrace.wire import Slot
 
 MESSAGE_CHARS_MAX = 2_000
 TRACEBACK_CHARS_MAX = 32_000
@@ -109,3 +114,27 @@ def _cut(shown: traceback.TracebackException) -> bool:
     left = [_cut(each) for each in linked if each is not None]
     syntax = shown.exc_type is not None and issubclass(shown.exc_type, SyntaxError)
     return bool(frames) or any(left) or syntax  # a syntax error tells its line without any frame
+
+
+def together(first: ErrorInfo | None, failed: int, slot: Slot, function: str, identity: str) -> ErrorInfo:
+    """Return one error for all that failed in a scope, led by the first.
+
+    Args:
+        first: the first error that is known.
+        failed: how many failed.
+        slot: the slot that was filled last.
+        function: the function of the invocation that filled it.
+        identity: the id of that invocation.
+    """
+    first = first or ErrorInfo(kind="user", message="a branch failed")
+    if slot.size == 1 or first.kind in ("map", "jobs"):
+        return first
+    of_jobs = function == JOB and identity == invocation_id(slot.scope, slot.index)
+    kind, what = ("jobs", "jobs") if of_jobs else ("map", "branches")
+    if first.kind == "deadline":  # nobody needs the answer any more, which is no failure of any of them
+        return ErrorInfo(kind=first.kind, message=f"{failed:,} of {slot.size:,} {what}: {first.message}")
+    return ErrorInfo(
+        kind=kind,
+        message=f"{failed:,} of {slot.size:,} {what} failed; the first: {first.kind}: {first.message}",
+        traceback=first.traceback,
+    )

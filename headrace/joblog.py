@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec import Struct
 
 from headrace.model import SiteStatus
-from headrace.wire import Expected, Payload
+from headrace.wire import Expected, Move, Payload
 
 JOB = "headrace.job"  # the function of an invocation that is a job; the dot keeps it apart from every name of a user
 JOB_WORK = "application/vnd.headrace.job+msgpack"  # the content type of its payload
@@ -24,8 +24,10 @@ class JobWork(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The payload of a job's invocation, never by claim check itself: what to run at which site, and what follows.
 
     ``spec`` is an encoded ``JobSpec`` (JSON), or the claim check of one; ``shape`` is what it has in common with jobs
-    that take about as long. ``then`` starts when the job has completed, ``on_failure`` when it has not; both get a
-    ``JobEnd``, and their versions are those of the moment of submission.
+    that take about as long, and ``limit_s`` the most it may run, in seconds, where it says so. ``then`` starts when the
+    job has completed, ``on_failure`` when it has not; both get a ``JobEnd``, and their versions are those of the moment
+    of submission. ``moves`` holds the newest moves from one site to another, oldest first; ``waits_since`` (epoch
+    seconds) is when a job that was moved began to wait for the attempt that is next.
     """
 
     site: str
@@ -35,6 +37,9 @@ class JobWork(Struct, frozen=True, kw_only=True, omit_defaults=True):
     on_failure: str | None = None
     on_failure_version: str = ""
     shape: str = ""
+    limit_s: float | None = None
+    moves: list[Move] = []
+    waits_since: float | None = None
 
 
 class Submitted(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -42,7 +47,7 @@ class Submitted(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``secret_digest`` is the SHA-256 (hex) of the secret with which the job's wrapper reports; ``directory`` the job's
     own folder at the site; ``limit_s`` the most it may run, in seconds. ``first_at`` is when the first attempt was
-    submitted, ``stage_in_s`` how long its inputs took.
+    submitted, ``stage_in_s`` how long its inputs took. ``site_id`` is the ``id`` in the site's row.
     """
 
     run_id: str
@@ -57,6 +62,17 @@ class Submitted(Struct, frozen=True, kw_only=True, omit_defaults=True):
     limit_s: float | None = None
     first_at: float | None = None
     stage_in_s: float = 0.0
+    site_id: str = ""
+
+
+class Held(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A job could not be submitted at its site at ``at``, and waits there to be tried again; ``why`` says what for."""
+
+    run_id: str
+    invocation_id: str
+    site: str
+    at: float
+    why: str
 
 
 class Report(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -96,15 +112,17 @@ class SiteRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``status`` is what the agent sees of the batch system, with its words in ``detail``; that an agent is silent, its
     readers see by ``at``. ``wait`` is how long jobs waited in the queue, ``containers`` the programs that run images.
-    ``duration_max_s`` is the longest a job may run, ``ends_at`` when the site itself ends (a pilot in an allocation);
-    with ``accepts`` False it takes no more jobs. ``waits`` holds the newest waits, ``incidents`` the newest incidents,
-    both oldest first.
+    ``duration_max_s`` is the longest a job may run, ``duration_s`` how long one may that does not say. ``ends_at`` is
+    when the site itself ends (a pilot in an allocation); with ``accepts`` False it takes no more jobs. ``waits`` holds
+    the newest waits, ``incidents`` the newest incidents, both oldest first. ``id`` stands in the work folder, and tells
+    this site from others that were given its name.
     """
 
     name: str
     kind: str
     at: float
     since: float
+    id: str = ""
     agent: str = ""
     status: SiteStatus = "up"
     detail: str = ""
@@ -121,6 +139,7 @@ class SiteRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     wait: Expected | None = None
     containers: list[str] = []
     duration_max_s: float | None = None
+    duration_s: float | None = None
     ends_at: float | None = None
     waits: list[Waited] = []
     incidents: list[Incident] = []

@@ -7,10 +7,10 @@ at the line that asks for it and not an hour later at a facility.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Struct
@@ -28,6 +28,7 @@ RETRIES_MAX = 100
 LAUNCHERS = ("single", "multiple", "srun", "mpirun", "aprun", "jsrun")
 LINES_TOLD_MAX = 20  # of what a job printed last, in the error of its run
 RECORDS = ".headrace"  # the folder in a job's own that tells how it went; no input or output may take its name
+PRINTED = ("stdout.txt", "stderr.txt")  # where its own words go: an output may be one of them, an input may not
 
 # Why a job ended as it did, or waits. "" where the state says all.
 Reason = Literal[
@@ -45,6 +46,7 @@ Reason = Literal[
     "rejected",
     "stage_in",
     "stage_out",
+    "site_ended",
 ]
 REASONS: dict[Reason, str] = {
     "": "Nothing more is to be said.",
@@ -61,23 +63,27 @@ REASONS: dict[Reason, str] = {
     "rejected": "The batch system refused it.",
     "stage_in": "Its inputs could not be brought to the site.",
     "stage_out": "Its outputs could not be kept.",
+    "site_ended": "Its site has ended, and no other one may run it.",
 }
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 _ATTRIBUTE = re.compile(r"[a-z][a-z0-9_]*\.[A-Za-z][A-Za-z0-9_-]*")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:\S+")
+_PATTERN = re.compile(r"[*?\[\]]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class _Checked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Fields have the types they say, also where a struct is made by hand; a dict becomes the struct it stands for."""
 
+    hints: ClassVar[dict[str, str]] = {}  # how a field is written whose type alone does not tell
+
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():
             try:
                 value = msgspec.convert(getattr(self, name), kind)
             except msgspec.ValidationError as error:
-                raise BadRequest(f"{type(self).__name__}: {name}: {error}") from error
+                raise BadRequest(f"{type(self).__name__}: {name}: {error}", hint=self.hints.get(name, "")) from error
             msgspec.structs.force_setattr(self, name, value)
         self._check()
 
@@ -95,6 +101,8 @@ class Resources(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True,
 
     ``process_count`` is ``node_count`` times ``processes_per_node``. ``memory`` is that of the whole job, in bytes.
     """
+
+    hints = {"memory": "In bytes, such as 16 * 2**30."}
 
     node_count: int | None = None
     process_count: int | None = None
@@ -152,6 +160,8 @@ class JobAttributes(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
     ``custom_attributes`` are passed on to one kind of batch system, such as ``{"slurm.qos": "urgent"}``.
     """
 
+    hints = {"duration": 'With its unit, such as "10m".'}
+
     duration: str | None = None
     queue_name: str | None = None
     account: str | None = None
@@ -168,14 +178,14 @@ class JobAttributes(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
         for name in ("queue_name", "account", "reservation_id"):
             given = getattr(self, name)
             if given is not None:
-                _plain(given, f"attributes: {name}")
+                plain(given, f"attributes: {name}")
         for name, value in self.custom_attributes.items():
             if not _ATTRIBUTE.fullmatch(name):
                 raise BadRequest(
                     f"attributes: custom attribute {ascii(name)[:80]} names no batch system and option",
                     hint='Write it as "slurm.qos", "pbs.l" or "lsf.app".',
                 )
-            _plain(value, f"attributes: custom attribute {name}")
+            plain(value, f"attributes: custom attribute {name}")
 
 
 class JobTime(Struct, frozen=True, kw_only=True):
@@ -234,6 +244,13 @@ class JobSpec(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     is run again where it failed for a reason that may not come again, such as a node that died.
     """
 
+    hints = {
+        "arguments": 'A list of strings, such as ["--steps", "1000"].',
+        "environment": 'Variables and their values as strings, such as {"OMP_NUM_THREADS": "8"}.',
+        "outputs": 'A list, such as ["energy.json"].',
+        "sites": 'A list, such as ["lab"].',
+    }
+
     executable: str
     arguments: list[str] = []
     directory: str | None = None
@@ -248,26 +265,31 @@ class JobSpec(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     retries: int = 0
 
     def _check(self) -> None:
-        _plain(self.executable, "executable")
+        plain(self.executable, "executable")
         if not 0 <= self.retries <= RETRIES_MAX:
             raise BadRequest(f"retries: {self.retries} is not 0 to {RETRIES_MAX}", hint="0 means that it runs once.")
         for i, argument in enumerate(self.arguments):
             if "\0" in argument:
                 raise BadRequest(f"arguments: number {i} holds a NUL character, which no program can be given")
         if self.directory is not None:
-            _plain(self.directory, "directory")
+            plain(self.directory, "directory")
+            if "\\" in self.directory:
+                raise BadRequest(
+                    f"directory: {ascii(self.directory)[:80]} holds a backslash, which not all batch systems take",
+                    hint="Choose a folder without.",
+                )
             if not PurePosixPath(self.directory).is_absolute():
                 raise BadRequest(
                     f"directory: {self.directory} is not absolute",
                     hint="Give a full path at the site, or none: then the job has a fresh folder of its own.",
                 )
-        self._check_environment()
+        check_variables(self.environment, "environment")
         self._check_files()
         _once(self.sites, "sites")
         for site in self.sites:
             check_name(site, "site")
         if self.container is not None:
-            _plain(self.container, "container")
+            plain(self.container, "container")
             if self.container.startswith("-") or " " in self.container:
                 raise BadRequest(f"container: {ascii(self.container)[:80]} is not an image", hint='Such as "md.sif".')
         if self.launcher is not None and self.launcher not in LAUNCHERS:
@@ -281,34 +303,52 @@ class JobSpec(_Checked, frozen=True, kw_only=True, forbid_unknown_fields=True, o
                 hint="Hand over large data as an input, by URI.",
             )
 
-    def _check_environment(self) -> None:
-        for name, value in self.environment.items():
-            if not _VARIABLE.fullmatch(name):
-                raise BadRequest(
-                    f"environment: {ascii(name)[:80]} is not the name of a variable",
-                    hint="Use letters, digits and underscores, and no digit first.",
-                )
-            if name.startswith("HEADRACE_"):
-                raise BadRequest(f"environment: {name} belongs to Headrace", hint="Choose another name.")
-            if "\0" in value:
-                raise BadRequest(f"environment: {name} holds a NUL character")
-
     def _check_files(self) -> None:
         if len(self.inputs) + len(self.outputs) > FILES_MAX:
             raise TooLarge(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs; at most {FILES_MAX} in all")
         _once(self.outputs, "outputs")
         for name in (*self.inputs, *self.outputs):
             _inside(name, "inputs" if name in self.inputs else "outputs")
+        for name in self.outputs:
+            if _PATTERN.search(name):
+                raise BadRequest(
+                    f"outputs: {ascii(name)[:80]} is a pattern",
+                    hint="Name each file, or let the job pack them into one.",
+                )
         for name, uri in self.inputs.items():
+            if name in PRINTED:
+                raise BadRequest(f"inputs: {name} is where the job's own words go", hint="Choose another name.")
             if not _SCHEME.fullmatch(uri):
                 raise BadRequest(
-                    f"inputs: {name}: {ascii(uri)[:80]} is not a URI",
+                    f"inputs: {name} is not given by a URI",  # and not repeated: it may hold a password
                     hint='Such as "s3://bucket/key", "https://..." or "blob:...".',
                 )
 
 
-def _plain(text: str, what: str) -> None:
-    """Refuse what would end a line of a batch script, or a word that is not there."""
+def check_variables(variables: Mapping[str, str], what: str) -> None:
+    """Refuse what cannot stand in the environment of a job.
+
+    Raises:
+        BadRequest: a name is none of a variable, or belongs to Headrace, or a value cannot be handed over.
+    """
+    for name, value in variables.items():
+        if not _VARIABLE.fullmatch(name):
+            raise BadRequest(
+                f"{what}: {ascii(name)[:80]} is not the name of a variable",
+                hint="Use letters, digits and underscores, and no digit first.",
+            )
+        if name.startswith("HEADRACE_"):
+            raise BadRequest(f"{what}: {name} belongs to Headrace", hint="Choose another name.")
+        if "\0" in value:
+            raise BadRequest(f"{what}: {name} holds a NUL character")
+
+
+def plain(text: str, what: str) -> None:
+    """Refuse what would end a line of a batch script, or a word that is not there.
+
+    Raises:
+        BadRequest: the message says which.
+    """
     if not text or _CONTROL.search(text):
         said = "holds a control character" if text else "is empty"
         raise BadRequest(f"{what} {said}")

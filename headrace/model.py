@@ -266,8 +266,20 @@ class InvocationView(Struct, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
 
 
+class JobMove(Struct, frozen=True, kw_only=True):
+    """A batch job was taken away from ``site``, where it had not begun or was lost, and went on to another one."""
+
+    at: str
+    site: str
+    why: str
+
+
 class JobView(Struct, frozen=True, kw_only=True):
-    """One batch job of a run. ``reason`` says why it ended as it did where its state does not say all."""
+    """One batch job of a run. ``reason`` says why it ended as it did where its state does not say all.
+
+    ``why`` says why it waits where its site does not take it now. ``moves`` are the newest ones from one site to
+    another, oldest first.
+    """
 
     job_id: str
     site: str
@@ -280,6 +292,8 @@ class JobView(Struct, frozen=True, kw_only=True):
     reason: str = ""
     parent_id: str | None = None
     error: ErrorInfo | None = None
+    why: str = ""
+    moves: list[JobMove] = []
 
 
 class ReplayView(Struct, frozen=True, kw_only=True):
@@ -543,14 +557,15 @@ class SiteView(Struct, frozen=True, kw_only=True):
 
     ``detail`` says why it is not up, ``since`` since when it is as it is. ``gpus`` and ``nodes`` count the ``total``
     and the ``free`` ones, and nodes the ``unusable`` ones; ``queue`` the ``jobs`` that wait and those ``running``, with
-    how long such jobs waited (``wait_p50_s``, ``wait_p90_s``). What cannot be told is not there.
+    how long such jobs waited (``wait_p50_s``, ``wait_p90_s``). What cannot be told is not there: of a site that is down
+    or unknown nobody can say what is free. One that jobs name and for which no agent ever spoke has no ``kind``.
     """
 
     name: str
     kind: str
     status: SiteStatus
     gpus: dict[str, int] = msgspec.field(default_factory=dict)
-    queue: dict[str, float | None] = msgspec.field(default_factory=dict)
+    queue: dict[str, int | float | None] = msgspec.field(default_factory=dict)
     last_seen_at: str | None = None
     nodes: dict[str, int] = {}
     detail: str = ""

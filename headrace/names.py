@@ -35,12 +35,9 @@ def check_name(name: object, what: str = "name") -> str:
 
 def _digest(*parts: str, size: int) -> str:
     """Hash length-prefixed parts, so that ("a", "bc") and ("ab", "c") differ."""
-    h = hashlib.blake2b(digest_size=size)
-    for part in parts:
-        raw = part.encode("utf-8", "surrogatepass")
-        h.update(len(raw).to_bytes(4, "big"))
-        h.update(raw)
-    return _base32(h.digest())
+    raws = [part.encode("utf-8", "surrogatepass") for part in parts]
+    told = b"".join([len(raw).to_bytes(4, "big") + raw for raw in raws])
+    return _base32(hashlib.blake2b(told, digest_size=size).digest())
 
 
 def _base32(raw: bytes) -> str:

@@ -198,9 +198,18 @@ def jobs_table(jobs: Iterable[JobView]) -> Table:
             _text(seconds(_between(job.submitted_at, job.started_at))),
             _text(seconds(_between(job.started_at, job.ended_at))),
             _text("" if job.exit_code is None else job.exit_code),
-            _text(one_line(job.error.message if job.error else job.reason, 100)),
+            _text(one_line(_why(job), 100)),
         )
     return table
+
+
+def _why(job: JobView) -> str:
+    """Return why a job waits, or ended as it did or, where that is not said, was taken to the site where it is."""
+    if job.why:
+        return job.why
+    if job.error is not None:
+        return job.error.message
+    return job.reason or "; ".join(f"moved from {move.site}: {move.why}" for move in job.moves)
 
 
 def _between(earlier: str | None, later: str | None) -> float | None:
@@ -338,7 +347,7 @@ def sites_table(views: Iterable[SiteView]) -> Table:
             _state(view.status),
             _text(_free(view.nodes)),
             _text(_free(view.gpus)),
-            _text("" if view.queue.get("jobs") is None else int(view.queue["jobs"] or 0)),
+            _text("" if view.queue.get("jobs") is None else view.queue["jobs"]),
             _text(seconds(view.queue.get("wait_p50_s"))),
             _text("" if view.last_seen_at is None else _moment(view.last_seen_at)),
             _text(one_line(view.detail)),
@@ -347,7 +356,13 @@ def sites_table(views: Iterable[SiteView]) -> Table:
 
 
 def _free(counted: dict[str, int]) -> str:
-    return f"{counted.get('free', 0)} of {counted['total']}" if "total" in counted else ""
+    """Return how many of something are free, of how many; nothing where nobody can tell."""
+    return f"{counted['free']} of {counted['total']}" if "free" in counted else ""
+
+
+def worth_a_line(event: StreamEvent) -> bool:
+    """Say whether an event tells more than that a job was heard, which the live page shows and a terminal does not."""
+    return event.kind != "job" or "state" in event.data
 
 
 def event_line(event: StreamEvent, *, with_run: bool) -> Text:
@@ -368,9 +383,9 @@ def _said(kind: str, data: dict[str, Any]) -> Text:
         return _text(one_line(f"{float(data.get('fraction') or 0.0):.0%} {data.get('note', '')}"))
     line = _state(str(data.get("status" if kind == "site" else "state", "")))
     if kind == "site":
-        return line.append(one_line(f" {data.get('name', '')} {data.get('detail', '')}"))
+        return line.append(" " + one_line(f"{data.get('name', '')} {data.get('detail', '')}"))
     if kind == "job":
-        return line.append(one_line(f" {data.get('job_id', '')} at {data.get('site', '')}"))
+        return line.append(" " + one_line(f"{data.get('job_id', '')} at {data.get('site', '')}"))
     name = data.get("function") if kind == "invocation" else data.get("route")
     line.append(f" {one_line(name)}" if name else "")
     if data.get("time_to_solution_s") is not None:

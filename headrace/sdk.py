@@ -148,7 +148,7 @@ def check_variants(name: str, variants: Sequence[str]) -> None:
 
 
 def on(
-    *,
+    *bare: Callable[..., Any],
     type: str | None = None,  # noqa: A002 - the CloudEvents attribute is called so
     source: str | None = None,
     subject: str | None = None,
@@ -182,8 +182,11 @@ def on(
             that still waits is dropped when a later one is accepted. What has begun goes on.
 
     Raises:
-        BadRequest: something is not possible, or ``revision`` and ``newest_wins`` are both given.
+        BadRequest: something is not possible, or there are no parentheses, or ``revision`` and ``newest_wins`` are
+            both given.
     """
+    if bare:
+        raise BadRequest("@on has no parentheses", hint='Write @on() or @on(deadline="10s").')
     revises = revision_of(revision)
     if deadline is not None:
         parse_duration(deadline, "deadline")

@@ -18,7 +18,7 @@ from headrace.answers import value_of
 from headrace.binding import Binding
 from headrace.context import Context, to_payload
 from headrace.errors import NotFound, TooLarge, UserError
-from headrace.failures import told, worth_another_try
+from headrace.failures import together, told, worth_another_try
 from headrace.joblog import JOB
 from headrace.jobs import JobEnd, JobSpec, failure
 from headrace.model import ErrorInfo, Event, Fidelity
@@ -307,7 +307,8 @@ class VirtualRun:
         if len(scope.filled) < slot.size:
             return
         if scope.error is not None:
-            self._fill(work, slot.parent, None, _of_scope(scope, slot.size))
+            error = together(scope.error, scope.failed, slot, work.function, work.invocation_id)
+            self._fill(work, slot.parent, None, error)
         elif slot.then is None:
             self._fill(work, slot.parent, result, None)
         else:
@@ -341,18 +342,6 @@ def _named_by(effect: Effect) -> tuple[str | None, ...]:
             return (effect.then, effect.on_failure)
         case _:
             return ()
-
-
-def _of_scope(scope: _Scope, size: int) -> ErrorInfo:
-    """Return one error for all that failed in a scope, led by the first."""
-    first = scope.error or ErrorInfo(kind="user", message="a branch failed")
-    if size == 1 or first.kind == "map":
-        return first
-    return ErrorInfo(
-        kind="map",
-        message=f"{scope.failed:,} of {size:,} branches failed; the first: {first.kind}: {first.message}",
-        traceback=first.traceback,
-    )
 
 
 def _listed(results: list[Payload]) -> Payload:

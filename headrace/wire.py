@@ -270,8 +270,16 @@ class RunEnd(Struct, frozen=True, kw_only=True, omit_defaults=True):
     trail: list[Step] = []
 
 
+class Move(Struct, frozen=True, kw_only=True):
+    """A batch job was taken away from ``site`` at ``at`` (epoch seconds), where it had not begun, or was lost."""
+
+    at: float
+    site: str
+    why: str
+
+
 class JobDone(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a batch job ended; instants in epoch seconds, None where it did not come so far."""
+    """How a batch job ended; instants in epoch seconds, None where it did not come so far. ``moves``: oldest first."""
 
     site: str
     state: JobState
@@ -281,6 +289,7 @@ class JobDone(Struct, frozen=True, kw_only=True, omit_defaults=True):
     submitted_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
+    moves: list[Move] = []
 
 
 class Outcome(Struct, frozen=True, kw_only=True, omit_defaults=True):

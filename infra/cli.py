@@ -1,4 +1,4 @@
-"""The server commands: ``up``, ``demo``, ``doctor``, ``setup``, ``tenant``, ``replay``, and each server by itself.
+"""The server commands: ``up``, ``demo``, ``doctor``, ``setup``, ``tenant``, ``site``, ``replay``, and each server.
 
 Exit codes are those of ``headrace``: 0 good, 1 something was found or failed, 2 wrong usage, 3 the platform does not
 answer, or a server that it needs.
@@ -303,6 +303,63 @@ def _print_token(name: str, token: str) -> None:
     """Print a token by itself, so that a script can take it; what is said beside it goes elsewhere."""
     print(token, flush=True)
     print(f"This is a token of {name}. It is shown only now: keep it as HEADRACE_TOKEN.", file=sys.stderr)
+
+
+site = App(name="site", help="The sites that run jobs. Needs the admin's rights on the log's servers.")
+app.command(site)
+
+
+@site.command(name="user")
+def site_user(
+    name: Annotated[str, Parameter(help="Name of the site, as its agent will give it.")],
+    /,
+    *,
+    moves: Annotated[
+        bool, Parameter(negative="", help="It may hand jobs on to other sites, as --pilot does before its end.")
+    ] = False,
+    exports: Annotated[bool, Parameter(negative="", help="Print instead what the platform's account lends.")] = False,
+    data: Data = None,
+) -> None:
+    """Make the user agent-NAME on the log's servers, whose password is all that the agent of a site needs there.
+
+    The password is kept in DIR/sites. A `headrace up` on the same folder knows the user within two seconds. For servers
+    of your own its account is printed, for their configuration; print it anew once the tenants have changed.
+    """
+    from infra import siteusers, tenants
+
+    if exports:
+        print(siteusers.exports(), end="")
+        return
+    given = load(os.environ, data_dir=data)
+    settings = tenants.of_running_platform(given)
+    path = siteusers.kept(given.data_dir, name, moves=moves)
+    print(f"The password of {rights.agent_user(name)} is in {path}.", file=sys.stderr)
+    if settings is given:  # else the platform that runs looks into its folder by itself
+        print(asyncio.run(siteusers.account(settings, siteusers.user(path))), end="")
+
+
+@site.command(name="remove")
+def remove_site(
+    name: Annotated[str, Parameter(help="Name of the site, as `headrace sites` shows it.")],
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Take its jobs from it: to other sites, or they fail.")] = False,
+    data: Data = None,
+) -> None:
+    """Remove a site that is no more; refused while its agent is heard, or while it has jobs.
+
+    With --force jobs that have not begun go to other sites. Those that were submitted there are lost: they are tried
+    again elsewhere, as often as they may be, and what the site still runs of them is not stopped.
+    """
+    from infra import removal
+
+    async def run() -> removal.JobsThere:
+        async with removal.removal(load(os.environ, data_dir=data)) as remover:
+            return await remover.remove(name, force=force)
+
+    had = asyncio.run(run())
+    jobs = had.waiting + had.submitted
+    print(f"{name} is removed" + (f"; {jobs:,} jobs were taken from it." if jobs else "."))
 
 
 @app.command

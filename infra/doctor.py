@@ -26,17 +26,18 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from functions.sites import SILENT
+from functions.sites import ENDED, SILENT, UNHEARD, WORK_FOLDER
 from headrace import groups
 from headrace.clock import parse_instant
 from headrace.errors import HeadraceError
 from headrace.model import Audit, SiteView
+from headrace.render import seconds
 from infra.embedded import monitor
 from infra.programs import nats_program, redis_program
 from infra.settings import MIB, Settings
 from infra.staging import FREE_BYTES_MIN, SHARED_MEMORY
 from infra.up import Servers
-from streams.topology import DEFAULT_TENANT, LANES, STREAM, lane_of
+from streams.topology import DEFAULT_TENANT, LANES, STREAM, jobs_of, lane_of
 from workers.watch import LOOK_S
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ SYNC_SLOW_S = 0.02
 CLOCK_OFF_MAX_S = 1.0
 ANSWER_S = 3.0
 AUDIT_ROUNDS_MISSED_MAX = 6
+NOT_UP_S_MAX = 3600.0
 
 
 class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -64,6 +66,12 @@ class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class _Sites(Struct):
     sites: list[SiteView]
+
+
+class _Incident(Struct):
+    resource_uris: list[str]
+    start: str
+    end: str | None
 
 
 Check = Callable[[Settings], Awaitable[Iterable[Finding]]]
@@ -296,18 +304,35 @@ async def _sites(settings: Settings) -> Iterable[Finding]:
     found = await _asked(settings, "/v1/sites", _Sites)
     if found is None or not found.sites:
         return []
-    return [site_finding(site) for site in found.sites]
+    incidents = await _asked(settings, "/status/incidents", list[_Incident]) or []
+    began = {uri: parse_instant(each.start) for each in incidents if each.end is None for uri in each.resource_uris}
+    now = time.time()
+    since = {s.name: parse_instant(s.since) if s.since and s.status != "up" else now for s in found.sites}
+    return [site_finding(s, now - began.get(f"/status/resources/{s.name}", since[s.name])) for s in found.sites]
 
 
-def site_finding(site: SiteView) -> Finding:
-    """Return how a site is, and what to do where it is not up."""
-    gpus = f", {site.gpus['free']} of {site.gpus['total']} GPUs free" if site.gpus.get("total") else ""
-    detail = f"{site.name} ({site.kind}) is {site.status}{f': {site.detail}' if site.detail else ''}{gpus}"
-    if site.status == "up":
+def site_finding(site: SiteView, lasts_s: float = 0.0) -> Finding:
+    """Return how a site is, and what to do where it is not up; ``lasts_s``: for how long it has not been."""
+    free, total = site.gpus.get("free"), site.gpus.get("total")
+    gpus = f", {free} of {total} GPUs free" if total and free is not None else ""
+    kind = f" ({site.kind})" if site.kind else ""
+    lasts = f", for {seconds(lasts_s)}" if lasts_s >= 1.0 else ""
+    detail = f"{site.name}{kind} is {site.status}{lasts}{f': {site.detail}' if site.detail else ''}{gpus}"
+    if site.status == "up" or site.detail == ENDED:  # its jobs go elsewhere, and it is forgotten by itself
         return _ok("site", detail)
+    if site.status != "degraded" and lasts_s >= NOT_UP_S_MAX:
+        return _failed("site", detail, f"{_cure_of_site(site)} Is it no more: `headrace site remove {site.name}`.")
+    return _warning("site", detail, _cure_of_site(site))
+
+
+def _cure_of_site(site: SiteView) -> str:
+    if site.detail == UNHEARD:
+        return f"Start `headrace agent --site {site.name}`; or cancel the runs, if its name is a slip of the pen."
     if site.detail == SILENT:
-        return _warning("site", detail, f"Is `headrace agent --site {site.name}` running, and does it reach the log?")
-    return _warning("site", detail, "Its batch system says more: its nodes, its queue, its controller.")
+        return f"Is `headrace agent --site {site.name}` running, and does it reach the log?"
+    if site.detail.startswith(WORK_FOLDER):
+        return "Free some space there, or mount it again: jobs wait for that. `keep_s` of its file says what is kept."
+    return "Its batch system says more: its nodes, its queue, its controller."
 
 
 async def _audit(settings: Settings) -> Iterable[Finding]:
@@ -357,15 +382,36 @@ async def _log(settings: Settings) -> Iterable[Finding]:
         _synced(config, settings),
         await _clock(address),
         _tenants(state),
+        *_jobs(state),
     ]
+
+
+def _consumers(state: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    streams = [s for account in state.get("account_details", []) for s in account.get("stream_detail", [])]
+    return (c for s in streams if s.get("name") == STREAM for c in s.get("consumer_detail", []))
+
+
+def _jobs(state: dict[str, Any]) -> Iterable[Finding]:
+    """Yield the sites for which jobs wait and whose agents ask for none."""
+    waiting: Counter[str] = Counter()
+    asked: set[str] = set()
+    for consumer in _consumers(state):
+        found = jobs_of(str(consumer.get("name", "")))
+        if found is not None:
+            waiting[found.site] += int(consumer.get("num_pending", 0)) + int(consumer.get("num_ack_pending", 0))
+            if consumer.get("num_waiting"):
+                asked.add(found.site)
+    for site, number in sorted(waiting.items()):
+        if number and site not in asked:
+            told = f"{number:,} wait for {site}, and no agent asks for them"
+            yield _warning("jobs", told, f"Start `headrace agent --site {site}`, or `headrace site remove {site}`.")
 
 
 def _tenants(state: dict[str, Any]) -> Finding:
     """Say who shares the platform, and whose work waits or runs: told by the lanes of the log."""
-    streams = [s for account in state.get("account_details", []) for s in account.get("stream_detail", [])]
     found: dict[str, int] = {}
     lanes: Counter[str] = Counter()
-    for consumer in (c for s in streams if s.get("name") == STREAM for c in s.get("consumer_detail", [])):
+    for consumer in _consumers(state):
         lane = lane_of(str(consumer.get("name", "")))
         if lane is not None:
             work = int(consumer.get("num_pending", 0)) + int(consumer.get("num_ack_pending", 0))

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from infra.mending import mend
 from infra.probe import ask, http_get
 from infra.process import Child, NotStarted
 from infra.programs import nats_program, redis_program
-from infra.rights import ACCOUNT, RIGHTS, SYSTEM, accounts
+from infra.rights import ACCOUNT, RIGHTS, SYSTEM, SiteUser, accounts, site_accounts
 from infra.settings import GIB, MIB
 from infra.staging import Staging
 from streams.topology import STREAM
@@ -47,6 +47,8 @@ BATCH_TIMEOUT = "5s"
 PORT_TRIES = 3
 STAGING_LOOK_S = 1.0
 FULL_DISK_LOOK_S = 1.0
+RELOAD_S = 0.3
+CONFIG = "nats.json"
 FULL_DISK_PATIENCE_S = 5.0
 FREE_AGAIN_BYTES_MIN = 8 * MIB
 NO_SPACE = b"no space left on device"
@@ -88,6 +90,7 @@ class NatsServer:
         self.port = 0
         self.monitor_port = 0
         self._passwords = {role: new_secret() for role in (*RIGHTS, SYSTEM)}
+        self._sites: dict[str, dict[str, list[object]]] = {}
         self._child: Child | None = None
         self._staging = Staging(str(self.data))
         self._staging_kept: asyncio.Task[None] | None = None
@@ -139,11 +142,10 @@ class NatsServer:
         mend(self.stream_dir())
         for attempt in range(1, PORT_TRIES + 1):
             self.port, self.monitor_port = free_port(), free_port()
-            config = self.run / "nats.json"
-            write_private(config, json.dumps(self._config(), indent=1, ensure_ascii=False))
+            self._write_config()
             child = Child(
                 "nats-server",
-                [str(program), "-c", str(config)],
+                [str(program), "-c", str(self.run / CONFIG)],
                 log=LogFile(self.data / "logs" / "nats.log"),
                 ready=self._answers,
                 on_ready=self._after_start,
@@ -159,6 +161,30 @@ class NatsServer:
             self._child = child
             self._disk_watched = asyncio.create_task(self._watch_disk(), name="watch-disk")
             return
+
+    async def serve_sites(self, users: Iterable[SiteUser], tenants: Iterable[str]) -> None:
+        """Let the agents of these sites connect, for the jobs of these tenants, from now on."""
+        sites = site_accounts(users, tenants)
+        if sites == self._sites:
+            return
+        new = {name: {**account, "users": []} for name, account in sites.items() if name not in self._sites}
+        if new and self._child is not None:
+            # An account has what it imports from the second time on that the server reads of it: not before then can
+            # its user connect.
+            self._sites |= new
+            await self._reload()
+        self._sites = sites
+        if self._child is not None:
+            await self._reload()
+
+    async def _reload(self) -> None:
+        self._write_config()
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGHUP)
+        await asyncio.sleep(RELOAD_S)
+
+    def _write_config(self) -> None:
+        write_private(self.run / CONFIG, json.dumps(self._config(), indent=1, ensure_ascii=False))
 
     async def stage_in_memory(self) -> bool:
         """Let the log's batches be staged in memory, from now on and after each restart; False where that cannot be."""
@@ -232,7 +258,7 @@ class NatsServer:
                     },
                 },
             },
-            "accounts": accounts(self._passwords),
+            "accounts": {**accounts(self._passwords), **self._sites},
             "system_account": "SYS",
         }
 

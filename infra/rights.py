@@ -2,13 +2,18 @@
 
 Streams, lanes and tables are made by ``admin`` alone. A role reads through short-lived consumers and direct gets, and
 hears answers on its own inbox only, so one role cannot listen to the answers of another.
+
+The roles are of one account and trust each other. The agent of a site, whose password lies at a facility, is the user
+of an account of its own, into which only what it needs is imported.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from streams.topology import BUCKETS, STREAM
+from streams.link import API, SITE_API, inbox_of, reader_names
+from streams.topology import BUCKETS, STREAM, job_subject, jobs_consumer
 
 ACCOUNT = "HEADRACE"
 ADMIN = "admin"
@@ -75,7 +80,7 @@ RIGHTS: dict[str, Rights] = {
             "hr.replay.*",
             "hr.report.>",
         ),
-        subscribe=("hr.done.>", "hr.end.*", "hr.cancel.>"),
+        subscribe=("hr.done.>", "hr.end.*", "hr.cancel.>", "presence.*"),
     ),
     WORKER: Rights(
         publish=(
@@ -93,16 +98,23 @@ RIGHTS: dict[str, Rights] = {
             "hr.cancel.>",
             "hr.thread.>",
             "hr.newest.*",
+            "presence.*",
+            # It forgets sites that have ended, with their consumers.
+            "$KV.sites.>",
+            f"$JS.API.CONSUMER.NAMES.{STREAM}",
             f"$JS.API.CONSUMER.INFO.{STREAM}.*",
             f"$JS.ACK.{STREAM}.>",
             f"$JS.ACK.*.*.{STREAM}.>",
         ),
     ),
-    # It makes the consumer of its site itself, as anyone may who reads; it takes no work from lanes.
+    # Of an agent of the release before this one: it is the same for all sites, and may what the worst of them needs.
+    # To be removed with the next release; ``site_subjects`` has what an agent may now.
     AGENT: Rights(
         publish=(
             *_READ_LOG,
             *_read_tables("forecasts", "sites"),
+            f"$JS.API.CONSUMER.NAMES.{STREAM}",
+            f"$JS.API.CONSUMER.INFO.{STREAM}.*",
             "hr.work.>",
             "hr.job.>",
             "hr.done.>",
@@ -110,6 +122,7 @@ RIGHTS: dict[str, Rights] = {
             "hr.tally.>",
             "hr.lease.>",
             "hr.submit.>",
+            "hr.held.>",
             "hr.start.>",
             "hr.try.>",
             "hr.note.>",
@@ -125,6 +138,112 @@ RIGHTS: dict[str, Rights] = {
 def inbox(role: str) -> str:
     """Return the prefix of the subjects on which a role hears its answers."""
     return f"_INBOX_{role}"
+
+
+# ---------------------------------------------------------------- the agents of sites
+
+# What the account of the platform lends. It says what may be lent at all; the account of each site has the parts that
+# it gets, and all accounts are written by whoever runs the servers. Requests have one answer, but for the last one.
+EXPORTS: tuple[dict[str, str], ...] = (
+    *(
+        {"service": subject}
+        for subject in (
+            "hr.>",
+            "$KV.>",
+            "$JS.API.STREAM.INFO.>",
+            "$JS.API.DIRECT.GET.>",
+            "$JS.API.CONSUMER.NAMES.>",
+            "$JS.API.CONSUMER.CREATE.>",
+            "$JS.API.CONSUMER.INFO.>",
+            "$JS.API.CONSUMER.DELETE.>",
+            "$JS.ACK.>",
+            "$JS.FC.>",
+        )
+    ),
+    {"service": "$JS.API.CONSUMER.MSG.NEXT.>", "response_type": "stream"},
+    {"stream": "_INBOX_site.>"},
+)
+
+
+class SiteUser(NamedTuple):
+    """The user of a site. With ``moves`` it may hand jobs on to other sites, as an allocation does that ends."""
+
+    site: str
+    password: str
+    moves: bool = False
+
+
+def agent_user(site: str) -> str:
+    """Return the user that the agent of a site is."""
+    return f"{AGENT}-{site}"
+
+
+def site_subjects(site: str, tenants: Iterable[str], *, moves: bool = False) -> list[str]:
+    """Return what the agent of a site may publish to: appended to the log, asked for, acknowledged.
+
+    Args:
+        site: its name.
+        tenants: whose jobs it runs.
+        moves: as of ``SiteUser``.
+    """
+    whose = sorted(tenants)
+    jobs = [jobs_consumer(site, tenant) for tenant in whose]
+    readers = reader_names(site)
+    read = ("hr.cancel.*.*", f"hr.report.*.*.{site}", f"hr.submit.*.*.*.{site}", "hr.tally.*.*")
+    get = ("hr.*.*.*", "hr.end.*", "hr.try.*.*.*", f"hr.submit.*.*.*.{site}", f"hr.job.{site}.*.*.*")
+    tables = ("KV_sites", "KV_forecasts")
+    return [
+        *(f"hr.job.{'*' if moves else site}.{tenant}.*.*" for tenant in whose),
+        *(f"hr.work.*.{tenant}.*.*" for tenant in whose),
+        f"hr.submit.*.*.*.{site}",
+        f"hr.held.*.*.{site}",
+        # A job's run and id tell nobody whose they are: what guards these is that only who holds a lease commits.
+        *("hr.lease.*.*", "hr.done.*.*", "hr.end.*", "hr.tally.*.*", "hr.start.*.*.*", "hr.try.*.*.*", "hr.note.*.*.*"),
+        f"$KV.sites.{site}",
+        *(f"$JS.API.STREAM.INFO.{stream}" for stream in (STREAM, *tables)),
+        f"$JS.API.CONSUMER.NAMES.{STREAM}",
+        *(f"$JS.API.DIRECT.GET.{STREAM}.{subject}" for subject in get),
+        *(f"$JS.API.DIRECT.GET.{table}.>" for table in tables),
+        *(f"$JS.API.CONSUMER.CREATE.{table}" for table in tables),  # names are the server's: it cannot take another's
+        *(f"$JS.API.CONSUMER.INFO.{table}.*" for table in tables),
+        *(f"$JS.FC.{table}.>" for table in tables),
+        *(f"$JS.API.CONSUMER.CREATE.{STREAM}.{name}.{subject}" for name in readers for subject in read),
+        *(
+            f"$JS.API.CONSUMER.CREATE.{STREAM}.{name}.{job_subject(site, tenant, '*', '*')}"
+            for name, tenant in zip(jobs, whose, strict=True)
+        ),
+        *(f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{name}" for name in (*jobs, *readers)),
+        *(f"$JS.API.CONSUMER.DELETE.{STREAM}.{name}" for name in (*jobs, *readers, f"jobs-{site}")),
+        *(f"$JS.API.CONSUMER.INFO.{STREAM}.{name}" for name in (*jobs, f"jobs-{site}")),
+        *(f"$JS.ACK.{domain}{STREAM}.{name}.>" for name in jobs for domain in ("", "*.*.")),
+    ]
+
+
+def site_accounts(users: Iterable[SiteUser], tenants: Iterable[str]) -> dict[str, dict[str, list[object]]]:
+    """Return the accounts of sites for the server's configuration, by name, each with its one user.
+
+    Rights on subjects alone would not hold: who may have a message read to a subject of his choice, as all may who ask
+    JetStream for something, can have it read to one that he may not publish to. An account of its own has no way to
+    other subjects than those it imports, for answers neither.
+    """
+    whose = sorted(tenants)
+    return {
+        f"SITE-{user.site}": {
+            "users": [{"user": agent_user(user.site), "password": user.password}],
+            "imports": [
+                *(
+                    {"service": {"account": ACCOUNT, "subject": subject}, "to": _as_imported(subject)}
+                    for subject in site_subjects(user.site, whose, moves=user.moves)
+                ),
+                {"stream": {"account": ACCOUNT, "subject": f"{inbox_of(user.site)}.>"}},
+            ],
+        }
+        for user in users
+    }
+
+
+def _as_imported(subject: str) -> str:
+    return SITE_API + subject.removeprefix(API) if subject.startswith(f"{API}.") else subject
 
 
 def accounts(passwords: dict[str, str]) -> dict[str, object]:
@@ -145,6 +264,6 @@ def accounts(passwords: dict[str, str]) -> dict[str, object]:
         for role, rights in RIGHTS.items()
     ]
     return {
-        ACCOUNT: {"jetstream": "enabled", "users": users},
+        ACCOUNT: {"jetstream": "enabled", "users": users, "exports": list(EXPORTS)},
         "SYS": {"users": [{"user": SYSTEM, "password": passwords[SYSTEM]}]},
     }

@@ -15,7 +15,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeVar
@@ -24,14 +24,15 @@ import structlog
 from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from headrace.errors import Unavailable
-from infra import rights, telemetry
+from headrace.tasks import ended
+from infra import home, rights, telemetry
 from infra.readiness import say_ready
 from infra.settings import Settings
 from infra.stores import Stores
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log
-from streams.tables import Table, Tables, open_tables
+from streams.tables import SiteTable, Table, Tables, open_tables
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -64,13 +65,20 @@ def release() -> str:
 
 
 @asynccontextmanager
-async def link_to(settings: Settings, role: str) -> AsyncIterator[Link]:
-    """Lend a connection to the log's servers as the user who is set, or else as the one of this role."""
+async def link_to(settings: Settings, role: str, site: str = "") -> AsyncIterator[Link]:
+    """Lend a connection to the log's servers as the user who is set, or else as the one of this role, or of a site.
+
+    Raises:
+        Unavailable: no server takes it.
+    """
+    own = rights.agent_user(site) if site else role
+    user = settings.nats_user or (own if settings.nats_password_file else "")
     link = await open_link(
         settings.nats_url,
-        user=settings.nats_user or (role if settings.nats_password_file else ""),
+        user=user,
         password=settings.nats_password(),
         name=f"{role}-{os.getpid()}",
+        site=site if user == own else "",
     )
     try:
         yield link
@@ -107,13 +115,12 @@ async def tables_on(link: Link) -> AsyncIterator[Tables]:
 
 
 @asynccontextmanager
-async def table_on(link: Link, bucket: str, kind: type[T]) -> AsyncIterator[Table[T]]:
-    """Lend one of the tables at the other end of a connection, to a process that needs no others.
+async def opened(table: Table[T]) -> AsyncIterator[Table[T]]:
+    """Lend one of the tables, open, to a process that needs no others.
 
     Raises:
         Unavailable: it was never made.
     """
-    table = Table(link, bucket, kind)
     try:
         await table.open()
     except NotFoundError as error:
@@ -161,7 +168,8 @@ async def setup(settings: Settings) -> None:
         async with asyncio.timeout(SETUP_S), link_to(settings, rights.ADMIN) as link:
             while True:
                 try:
-                    await topology.ensure(link, limits(settings), settings.log_replicas)
+                    notes = await home.settle(link, Stores(settings))
+                    await topology.ensure(link, limits(settings), settings.log_replicas, notes)
                 except (TimeoutError, ServiceUnavailableError):  # the server was killed and is on its way back
                     await asyncio.sleep(SETUP_STEP_S)
                 else:
@@ -185,11 +193,13 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
     from gateway.server import Runner
     from streams.backlog import Lanes
     from streams.follow import follow
+    from streams.presence import roll_on
     from streams.reader import Reader
 
     stores = Stores(settings)
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(link_to(settings, rights.GATEWAY))
+        await home.check(link, stores, rights.GATEWAY)
         log = await stack.enter_async_context(log_on(link, settings))
         app = front_door.build(
             log=log,
@@ -207,6 +217,7 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
                 backlog_max=settings.backlog_max,
             ),
             lanes=Lanes(link),
+            slots=(await stack.enter_async_context(roll_on(link))).slots,
             public_url=settings.public_url,
         )
         runner = Runner(app, shutdown_timeout=settings.drain_s)
@@ -225,7 +236,9 @@ async def gateway(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
 
 async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Take, run and commit invocations until ``stop`` is set; then finish what runs and hand back the rest."""
+    from functions.outlook import Outlook
     from headrace.children import ChildLimits
+    from workers.adoption import Adoption
     from workers.pool import Pool
     from workers.worker import Tools, Worker
 
@@ -233,6 +246,7 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     stores = Stores(settings)
     async with AsyncExitStack() as stack:
         link = await stack.enter_async_context(link_to(settings, rights.WORKER))
+        await home.check(link, stores, rights.WORKER)
         log = await stack.enter_async_context(log_on(link, settings, OUTCOMES_LINGER_S))
         tables = await stack.enter_async_context(tables_on(link))
         pool = Pool(
@@ -269,8 +283,19 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             run_invocations_max=settings.run_invocations_max,
             ends_at=settings.ends_at,
         )
+        adoption = Adoption(
+            tools.name,
+            log,
+            tables.sites,
+            tools.blobs,
+            Outlook(tables.forecasts.get),
+            tools.rng,
+            work_age_max_s=tools.work_age_max_s,
+        )
         ready()
         stop_in_time(settings, stop)
+        adopting = asyncio.create_task(adoption.run(), name="adoption")
+        stack.push_async_callback(ended, [adopting])
         await Worker(tools).run(stop, settings.drain_s)
 
 
@@ -299,7 +324,7 @@ async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
         link = await stack.enter_async_context(link_to(settings, rights.LEDGER))
         log = await stack.enter_async_context(log_on(link, settings))
         redis = await stack.enter_async_context(_redis(settings))
-        told = await stack.enter_async_context(table_on(link, "forecasts", ForecastRow))
+        told = await stack.enter_async_context(opened(Table(link, "forecasts", ForecastRow)))
         lessons = Lessons()
         writer = Writer(log, redis, lessons, runs_max=settings.ledger_runs_max)
         writing = asyncio.create_task(writer.run(), name="ledger")
@@ -314,19 +339,17 @@ async def ledger(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
             for task in done:
                 task.result()  # one that failed ends the ledger, which is started again
         finally:
-            for task in (writing, telling, auditing, stopping):
-                task.cancel()
-            await asyncio.gather(writing, telling, auditing, stopping, return_exceptions=True)
+            await ended({writing, telling, auditing, stopping})
 
 
 async def agent(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """Submit the jobs of one site, watch them and commit how they end, until ``stop`` is set; what runs goes on."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from headrace.joblog import SiteRecord
     from headrace.wire import ForecastRow
     from infra.site import site_of
-    from workers.agent import Agent, Tools
+    from workers.agent import Agent
+    from workers.jobtools import Tools
     from workers.push import Push
     from workers.sites.lazy import LazySite
 
@@ -335,14 +358,16 @@ async def agent(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(AGENT_THREADS_MAX, "agent"))
     stores = Stores(settings)
     async with AsyncExitStack() as stack:
-        link = await stack.enter_async_context(link_to(settings, rights.AGENT))
+        with _user_told(settings, site.name):
+            link = await stack.enter_async_context(link_to(settings, rights.AGENT, site.name))
+            await home.check(link, stores, rights.AGENT)
         tools = Tools(
             host=worker_name(),
             site=site,
             system=LazySite(site),
             log=await stack.enter_async_context(log_on(link, settings)),
-            forecasts=await stack.enter_async_context(table_on(link, "forecasts", ForecastRow)),
-            sites=await stack.enter_async_context(table_on(link, "sites", SiteRecord)),
+            forecasts=await stack.enter_async_context(opened(Table(link, "forecasts", ForecastRow))),
+            sites=await stack.enter_async_context(opened(SiteTable(link))),
             blobs=stores.blobs,
             stager=stores.stager(),
             push=Push(settings.public_url),
@@ -351,6 +376,31 @@ async def agent(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
         )
         stop_in_time(settings, stop)
         await Agent(tools).run(stop, settings.drain_s, ready)
+
+
+@contextlib.contextmanager
+def _user_told(settings: Settings, site: str) -> Iterator[None]:
+    """Tell which user an agent has to be, where it is the one of an older release."""
+    cure = f"`headrace site user {site}` makes {rights.agent_user(site)}"
+    if settings.nats_user == rights.AGENT:
+        _log.warning("the user agent may what the agents of all sites may, and goes with the next release", cure=cure)
+    try:
+        yield
+    except ServiceUnavailableError as error:
+        if error.err_code is not None:
+            raise
+        raise Unavailable(
+            f"{rights.agent_user(site)} is let in by the log's servers, and reaches nothing there",
+            hint=f"Their configuration needs what `headrace site user {site}` prints, and with --exports, once; a new "
+            "account has it when they have read it twice.",
+        ) from error
+    except Unavailable as error:
+        if settings.nats_user or settings.nats_password_file is None:
+            raise
+        raise Unavailable(
+            f"{error}; it was asked for as {rights.agent_user(site)}",
+            hint=f"{cure}; with HEADRACE_NATS_USER=agent an agent is the user of older releases until the next one.",
+        ) from error
 
 
 ROLES: Mapping[str, Callable[[Settings, asyncio.Event, Ready], Awaitable[None]]] = {

@@ -81,7 +81,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     nats_url: Annotated[str, Meta(description="Servers that hold the log; several are parted by commas.")] = (
         "nats://127.0.0.1:4222"
     )
-    nats_user: Annotated[str, Meta(description="User on the log's servers. Default: the role of the process.")] = ""
+    nats_user: Annotated[
+        str, Meta(description="User on the log's servers. Default: the role of the process; of an agent `agent-SITE`.")
+    ] = ""
     nats_password_file: Annotated[Path | None, Meta(description="File with that user's password (mode 0600).")] = None
     nats_monitor_url: Annotated[
         str, Meta(description="Monitoring address of the log's server, asked by `headrace doctor`; may be empty.")
@@ -108,6 +110,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "chain of the AWS SDK."
         ),
     ] = None
+    s3_ca_file: Annotated[
+        Path | None,
+        Meta(description="Certificates (PEM) that its own must lead to, instead of the public ones."),
+    ] = None
+    s3_proxy_url: Annotated[
+        str, Meta(description="HTTP proxy, http://HOST:PORT, that leads to it by https. Default: straight.")
+    ] = ""
     cache_dir: Annotated[
         Path | None, Meta(description="Folder of what was fetched for functions. Default: DATA_DIR/cache.")
     ] = None
@@ -120,6 +129,17 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(
             description="Own hosts, addresses and networks, parted by commas, that functions may have fetched from "
             "although they are private, by plain http too."
+        ),
+    ] = ""
+    stage_ca_file: Annotated[
+        Path | None,
+        Meta(description="Certificates (PEM) that are trusted besides the public ones when something is fetched."),
+    ] = None
+    stage_proxy_url: Annotated[
+        str,
+        Meta(
+            description="HTTP proxy, http://HOST:PORT, by which all but STAGE_HOSTS is fetched. Default: straight; "
+            "variables such as HTTPS_PROXY do not count."
         ),
     ] = ""
     stage_buckets: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from headrace.clock import parse_duration
+from headrace.clock import DURATION_S_MAX, parse_duration
 from headrace.errors import HeadraceError
-from headrace.jobs import LAUNCHERS
+from headrace.jobs import LAUNCHERS, check_variables, plain
 from headrace.names import check_name
 from infra.settings import BadSetting, Settings, env_name
 from workers.sites import KINDS
@@ -20,8 +21,22 @@ from workers.sites.base import SiteConfig
 
 LOCAL = "local"
 FOLDER = "jobs"
+# What scripts of batch systems, shells and the mounts of containers all read as it is written.
+_FOLDER = re.compile(r"/[\w./+@=-]*")
 _FIELDS = {field.name: field for field in msgspec.structs.fields(SiteConfig)}
 _NEEDED = tuple(name for name, field in _FIELDS.items() if field.required)
+_SECONDS = 'A number of seconds, or a text with a unit, such as "15s", "10m", "2h" or "7d".'
+_TABLE = 'A table of texts: a line [{name}], and below it lines such as PATH = "/opt/bin:/usr/bin:/bin".'
+_HINTS = {
+    "name": "A text, such as the name of the machine.",
+    "kind": f"One of {', '.join(KINDS)}.",
+    "work": "The full path of a folder that the compute nodes see, too.",
+    "queue": "The name of a queue or partition, as a text.",
+    "account": "The name of an account, as a text.",
+    "launcher": f"One of {', '.join(LAUNCHERS)}.",
+    "container": "apptainer or podman; leave it out where there is none.",
+    "jobs_max": "A whole number above 0; leave it out for as many as there are.",
+}
 
 
 def site_of(settings: Settings) -> SiteConfig:
@@ -31,7 +46,15 @@ def site_of(settings: Settings) -> SiteConfig:
         BadSetting: the file, or something in it, cannot be used; the message says what.
     """
     if settings.site_config is not None:
-        return read_site(settings.site_config, settings.site)
+        site = read_site(settings.site_config, settings.site)
+        # The folder of a job says that it was submitted, also to an agent that comes back after a long time.
+        waits_s = settings.work_age_s()
+        if site.keep_s < waits_s:
+            raise BadSetting(
+                f"{settings.site_config}: keep_s is {site.keep_s:g} s, and jobs may wait for {waits_s:g} s",
+                hint=f"Keep their folders at least that long, or lower {env_name('work_age_max_s')}.",
+            )
+        return site
     name = settings.site or LOCAL
     # The interpreter that runs the platform is the one whose packages jobs may expect.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
@@ -64,36 +87,50 @@ def read_site(path: Path, name: str = "") -> SiteConfig:
         raise BadSetting(
             f"{path}: {', '.join(missing)} is missing", hint="A site has a name, a kind and a work folder."
         )
-    try:
-        site = msgspec.convert({key: _value(key, value) for key, value in found.items()}, SiteConfig)
-    except (msgspec.ValidationError, HeadraceError) as error:
-        raise BadSetting(f"{path}: {error}", hint="`work` and `kind` are texts, tables hold texts.") from error
-    return _checked(site, path, name)
-
-
-def _value(key: str, value: Any) -> Any:
-    return parse_duration(value, key) if key.endswith("_s") and isinstance(value, str) else value
-
-
-def _checked(site: SiteConfig, path: Path, name: str) -> SiteConfig:
+    site = SiteConfig(**{key: _value(path, key, value) for key, value in found.items()})
     _name(site.name, str(path))
     if name and name != site.name:
         raise BadSetting(f"{path} describes site {site.name}, not {name}", hint="Name that one, or another file.")
-    if site.kind not in KINDS:
-        raise BadSetting(f"{path}: kind {ascii(site.kind)[:80]} is not known", hint=f"One of {', '.join(KINDS)}.")
-    if not Path(site.work).is_absolute():
-        raise BadSetting(
-            f"{path}: work is {ascii(site.work)[:80]}, which is not absolute",
-            hint="Give the full path of a folder that the compute nodes see, too.",
-        )
-    if site.launcher is not None and site.launcher not in LAUNCHERS:
-        raise BadSetting(f"{path}: launcher {ascii(site.launcher)[:80]} is not known", hint=", ".join(LAUNCHERS))
-    if site.jobs_max is not None and site.jobs_max < 1:
-        raise BadSetting(f"{path}: jobs_max is {site.jobs_max}", hint="Leave it out, or allow at least 1.")
-    for key in _FIELDS:
-        if key.endswith("_s") and not getattr(site, key) > 0:
-            raise BadSetting(f"{path}: {key} is {getattr(site, key)}", hint='Seconds above 0, or such as "15s".')
     return site
+
+
+def _value(path: Path, key: str, value: Any) -> Any:
+    """Return what a field of the file says, as its type; a name of a variable is looked at with its table."""
+    try:
+        if key.endswith("_s") and isinstance(value, str):
+            value = parse_duration(value, key)
+        value = msgspec.convert(value, _FIELDS[key].type)
+        _check(key, value)
+    except msgspec.ValidationError as error:
+        raise BadSetting(f"{path}: {key}: {error} (it is {ascii(value)[:80]})", hint=_hint(key)) from error
+    except HeadraceError as error:
+        raise BadSetting(f"{path}: {error}", hint=error.hint or _hint(key)) from error
+    return value
+
+
+def _check(key: str, value: Any) -> None:
+    """Raise HeadraceError for what has the right type and makes no sense."""
+    if isinstance(value, str):
+        plain(value, key)
+    if isinstance(value, dict):
+        check_variables(value, key)
+    if key == "work" and not Path(value).is_absolute():
+        raise BadSetting(f"work is {ascii(value)[:80]}, which is not absolute", hint=_hint(key))
+    if key == "work" and not _FOLDER.fullmatch(value):
+        raise BadSetting(
+            f"work is {ascii(value)[:80]}, which the scripts of jobs would read as another folder",
+            hint="Write it out: no ~, no $VARIABLES, no spaces, and of signs only . _ - + @ = /",
+        )
+    if (key == "kind" and value not in KINDS) or (key == "launcher" and value not in LAUNCHERS):
+        raise BadSetting(f"{key} {ascii(value)[:80]} is not known", hint=_hint(key))
+    if key == "jobs_max" and value < 1:
+        raise BadSetting(f"jobs_max is {value}", hint=_hint(key))
+    if key.endswith("_s") and not 0 < value <= DURATION_S_MAX:
+        raise BadSetting(f"{key} is {value:g}, which is not above 0 and at most 366 days", hint=_hint(key))
+
+
+def _hint(key: str) -> str:
+    return _HINTS.get(key) or (_SECONDS if key.endswith("_s") else _TABLE.format(name=key))
 
 
 def _name(name: str, where: str) -> str:

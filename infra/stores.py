@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import configparser
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from headrace.errors import BadRequest
 from infra.credentials import BadSecretFile, read_private
 from infra.settings import BadSetting, Settings, env_name
 from streams.blobs import FolderBlobs
@@ -19,6 +21,7 @@ from streams.blobs import FolderBlobs
 if TYPE_CHECKING:
     from gateway.direct import Direct
     from streams.s3 import Bucket, S3Blobs, Store
+    from workers.egress import Egress
     from workers.staging import Stager
 
 SCHEME = "s3://"
@@ -65,6 +68,19 @@ class Stores:
         else:
             self.blobs = FolderBlobs(settings.blobs_path())
 
+    @property
+    def named(self) -> bool:
+        """Whether somebody said where bytes are kept; else it is a folder beside everything else."""
+        return bool(self._settings.blobs_url or self._settings.blobs_dir)
+
+    @property
+    def place(self) -> str:
+        """Where bytes are kept, in words."""
+        settings = self._settings
+        if settings.blobs_url:
+            return f"bucket {settings.blobs_url} at {settings.s3_url or 'AWS'}"
+        return f"folder {settings.blobs_path().absolute()} on {socket.gethostname()}"
+
     def direct(self) -> Direct | None:
         """Return where callers send uploads to past the gateway; None where they come through it."""
         from gateway.direct import Direct
@@ -78,6 +94,7 @@ class Stores:
         from workers.staging import Stager
 
         settings = self._settings
+        egress = _egress(settings, "stage")
         return Stager(
             self.blobs,
             cache=Cache(
@@ -90,8 +107,11 @@ class Stores:
                 folders=map(Path, _list(settings.stage_folders)),
                 buckets=_list(settings.stage_buckets),
                 bytes_max=settings.stage_bytes_max,
+                proxied=egress.proxy is not None,
             ),
             objects=None if self.store is None else self.store.link,
+            egress=egress,
+            to_store=_egress(settings, "s3"),
         )
 
     def environment(self) -> Mapping[str, str] | None:
@@ -101,9 +121,39 @@ class Stores:
         return {name: text for name, text in os.environ.items() if name not in SECRET_NAMES}
 
 
+def _egress(settings: Settings, of: Literal["stage", "s3"]) -> Egress:
+    """Return the way out to where inputs are fetched from, or to the S3 server.
+
+    Raises:
+        BadSetting: its proxy or its certificates cannot be used.
+    """
+    from workers.egress import Egress, proxy_of, trusting
+
+    proxy_url: str = getattr(settings, f"{of}_proxy_url")
+    ca_file: Path | None = getattr(settings, f"{of}_ca_file")
+    try:
+        proxy = proxy_of(proxy_url) if proxy_url else None
+    except BadRequest as error:
+        raise BadSetting(f"{env_name(f'{of}_proxy_url')}: {error}", hint=error.hint) from error
+    try:
+        tls = trusting(ca_file, public=of == "stage") if ca_file else None
+    except OSError as error:
+        raise BadSetting(
+            f"{env_name(f'{of}_ca_file')}: {ca_file} holds no certificates that can be read: {error.strerror}",
+            hint="Name a file of certificates in PEM form.",
+        ) from error
+    return Egress(proxy=proxy, tls=tls)
+
+
 def _store(settings: Settings) -> Store:
     from streams.s3 import Access, Store
 
+    _egress(settings, "s3")  # refused now, and not at the first call
+    if settings.s3_proxy_url and settings.s3_url.startswith("http:"):
+        raise BadSetting(
+            f"{env_name('s3_proxy_url')} leads to servers that are spoken to by https",
+            hint=f"Leave it out, or give {env_name('s3_url')} as https://...",
+        )
     keys = _keys(settings.s3_credentials_file) if settings.s3_credentials_file else {}
     return Store(
         Access(
@@ -113,6 +163,8 @@ def _store(settings: Settings) -> Store:
             access_key=keys.get("aws_access_key_id", ""),
             secret_key=keys.get("aws_secret_access_key", ""),
             session_token=keys.get("aws_session_token", ""),
+            proxy_url=settings.s3_proxy_url,
+            ca_file=str(settings.s3_ca_file or ""),
         )
     )
 

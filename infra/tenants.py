@@ -249,7 +249,7 @@ async def administration(settings: Settings) -> AsyncIterator[Admin]:
 
     It works on the servers that are configured; where none are, on those of the platform that runs on the data folder.
     """
-    settings = _of_running_platform(settings)
+    settings = of_running_platform(settings)
     async with (
         link_to(settings, rights.ADMIN) as link,
         log_on(link, settings) as log,
@@ -277,7 +277,7 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _of_running_platform(settings: Settings) -> Settings:
+def of_running_platform(settings: Settings) -> Settings:
     """Return the settings with the servers of the platform on the data folder, if one runs and no others are named."""
     data = settings.data_dir.absolute()
     if settings.nats_password_file is not None or settings.nats_user or not (data / "url").exists():

@@ -24,7 +24,8 @@ import structlog
 from msgspec import Struct
 
 from headrace.errors import Unavailable
-from infra import rights, services
+from headrace.tasks import ended
+from infra import rights, services, siteusers
 from infra.credentials import kept_secret, private_folder, write_private
 from infra.embedded import NatsServer, RedisServer
 from infra.locking import lock
@@ -33,6 +34,7 @@ from infra.probe import http_get
 from infra.process import Child
 from infra.readiness import ReadyPipe
 from infra.settings import PREFIX, BadSetting, Settings, env_name, environment
+from infra.site import site_of
 
 _log = structlog.get_logger(__name__)
 
@@ -70,6 +72,7 @@ class Platform:
         self._stack = contextlib.AsyncExitStack()
         self._children: dict[str, Child] = {}
         self._servers: tuple[NatsServer, RedisServer] | None = None
+        self._site = ""
 
     @property
     def processes(self) -> dict[str, int | None]:
@@ -118,6 +121,8 @@ class Platform:
         private_folder(self.data / "logs")
         self.token = kept_secret(self._file("token"), env_name("token_file"))
 
+        self._site = site_of(self.settings).name
+        siteusers.kept(self.data, self._site)
         nats, redis = NatsServer(self.data, keep_fds=(held,)), RedisServer(self.data, self.settings.redis_bytes_max)
         self._servers = nats, redis
         self._stack.push_async_callback(nats.stop)
@@ -125,6 +130,8 @@ class Platform:
         await _all(nats.start(), redis.start())
         await services.setup(self._for_role(rights.ADMIN, nats, redis))
         await nats.stage_in_memory()
+        serving = asyncio.create_task(siteusers.serve_for_ever(nats, self._for_role(rights.ADMIN, nats, redis)))
+        self._stack.push_async_callback(ended, [serving])
         servers = Servers(pid=os.getpid(), nats_url=nats.url, nats_monitor_url=nats.monitor_url, redis_url=redis.url)
         write_private(self._file("run") / "servers.json", msgspec.json.encode(servers).decode())
 
@@ -151,8 +158,10 @@ class Platform:
             data_dir=self.data,
             token_file=self._file("token"),
             nats_url=nats.url,
-            nats_user=role,
-            nats_password_file=nats.password_file(role),
+            nats_user=rights.agent_user(self._site) if role == rights.AGENT else role,
+            nats_password_file=siteusers.kept(self.data, self._site)
+            if role == rights.AGENT
+            else nats.password_file(role),
             nats_monitor_url=nats.monitor_url,
             redis_url=redis.url,
             redis_password_file=redis.password_file,
@@ -206,7 +215,9 @@ async def up(settings: Settings, serve: Callable[[Platform], Awaitable[None]]) -
 
     async def run() -> None:
         async with Platform(settings) as platform:
-            await serve(platform)
+            # Before Python 3.12 a cancel gets lost in ``wait_for`` at times, such as that of the log's client.
+            if not stop.is_set():
+                await serve(platform)
 
     running = asyncio.create_task(run())
     stopping = asyncio.create_task(stop.wait())

@@ -18,6 +18,7 @@ from msgspec import Struct
 from headrace.wire import Outcome, decode
 from streams.stored import Stored
 from streams.topology import (
+    JobsOf,
     LaneOf,
     done_subject,
     end_subject,
@@ -27,8 +28,8 @@ from streams.topology import (
     work_subject,
 )
 
-# Who reads work: a lane of a tenant, or the agent of a site (its name).
-Place = LaneOf | str
+# Who reads work: the workers a lane of a tenant, or the agent of a site a tenant's jobs there.
+Place = LaneOf | JobsOf
 Verdict = Literal["on_its_way", "lost", "stuck", "ended"]
 
 
@@ -64,7 +65,7 @@ def read(found: Iterable[Stored]) -> RunFacts:
             case "work":
                 facts.work.append((tokens[5], LaneOf(int(tokens[2]), tokens[3]), stored.seq))
             case "job":
-                facts.work.append((tokens[5], tokens[2], stored.seq))
+                facts.work.append((tokens[5], JobsOf(tokens[2], tokens[3]), stored.seq))
             case "submit":
                 facts.submitted[tokens[3], tokens[5]] = stored.seq
             case "done":
@@ -80,14 +81,16 @@ def examine(facts: RunFacts, floors: Mapping[Place, int]) -> Verdict:
 
     Args:
         facts: what the log holds of it, read after the floors.
-        floors: for each lane of each tenant, and each site, the sequence up to which all its work is acknowledged.
+        floors: for each tenant each lane, and each site, the sequence up to which all its work there is acknowledged.
             What nobody reads has none: its work waits for one who is not there, any more or yet.
     """
     if facts.ended:
         return "ended"
     newest = {(identity, place): seq for identity, place, seq in sorted(facts.work, key=lambda each: each[2])}
     at_a_site = {
-        identity for (identity, place), seq in newest.items() if facts.submitted.get((identity, str(place)), 0) > seq
+        identity
+        for (identity, place), seq in newest.items()
+        if isinstance(place, JobsOf) and facts.submitted.get((identity, place.site), 0) > seq
     }
     open_work = {
         identity

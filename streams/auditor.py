@@ -29,7 +29,7 @@ from streams.follow import follow
 from streams.ledger import AUDIT, OPEN, POSITION, TOTALS, WHOLE
 from streams.log import Log
 from streams.stored import Stored
-from streams.topology import consumers, lane_of, site_of
+from streams.topology import consumers, jobs_of, lane_of
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Auditor:
     async def _floors(self) -> dict[Place, int]:
         floors: dict[Place, int] = {}
         for name, info in (await consumers(self._log.link.jetstream())).items():
-            place = lane_of(name) or site_of(name)
+            place = lane_of(name) or jobs_of(name)
             if place is not None:
                 floors[place] = 0 if info.ack_floor is None else info.ack_floor.stream_seq
         return floors

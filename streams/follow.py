@@ -7,14 +7,13 @@ import contextlib
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import Any
-from uuid import uuid4
 
 import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from streams.log import Log
-from streams.poll import Arrival, Poll
+from streams.poll import Arrival, Poll, heartbeat_s
 from streams.stored import Stored
 from streams.topology import STREAM
 
@@ -41,20 +40,21 @@ async def follow(
     """
     position = await log.end_seq() if after < 0 and since is None else max(0, after)
     reader = _Reader(log, subjects, window)
-    try:
-        while True:
+    while True:
+        async with log.link.reader() as name:
             try:
-                await reader.open(position, since)
-            except (nats.errors.Error, OSError, TimeoutError):
-                await asyncio.sleep(RETRY_S)  # the server is away: the place in the log is ours, so nothing is missed
-                continue
-            while (batch := await reader.batch(idle_s)) is not None:
-                if batch:
-                    position, since = batch[-1].seq, None
-                yield batch
-            await reader.close()
-    finally:
-        await reader.close()
+                try:
+                    await reader.open(name, position, since)
+                except (nats.errors.Error, OSError, TimeoutError):
+                    # The server is away, or the name is taken. The place in the log is ours, so nothing is missed.
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                while (batch := await reader.batch(idle_s)) is not None:
+                    if batch:
+                        position, since = batch[-1].seq, None
+                    yield batch
+            finally:
+                await reader.close()
 
 
 class _Reader:
@@ -71,10 +71,10 @@ class _Reader:
         self._poll: Poll | None = None
         self._name = ""
 
-    async def open(self, position: int, since: float | None) -> None:
+    async def open(self, name: str, position: int, since: float | None) -> None:
         self._waiting, self._broken, self._place = [], False, 0
         self._wake.clear()
-        self._name = f"follow-{uuid4().hex[:16]}"
+        self._name = name
         where: dict[str, Any] = (
             {"filter_subject": self._subjects[0]} if len(self._subjects) == 1 else {"filter_subjects": self._subjects}
         )
@@ -97,7 +97,8 @@ class _Reader:
                 **where,
             ),
         )
-        self._poll = Poll(self._log.link, self._name, self._take, self._lose)
+        every_s = heartbeat_s(1, replicated=self._log.replicated)
+        self._poll = Poll(self._log.link, self._name, self._take, self._lose, every_s)
         await self._poll.start()
         await self._poll.want(self._window)
 

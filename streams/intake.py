@@ -20,7 +20,8 @@ from headrace.errors import Unavailable
 from headrace.wire import Invocation, decode
 from streams.lanes import ASIDE_MAX, TenantLane
 from streams.log import Log
-from streams.poll import Arrival
+from streams.poll import Arrival, heartbeat_s
+from streams.ranking import Aside
 from streams.topology import ACK_WAIT_S, DEFAULT_TENANT, LANES, LaneOf
 
 _log = logging.getLogger(__name__)
@@ -231,6 +232,8 @@ class Intake:
                     await asyncio.sleep(HEADS_S)
             while (delivery := self._choose()) is None:
                 self._arrived.clear()
+                if not self._held:
+                    await self._call_back()
                 look_again = None
                 if self._held:
                     look_again = asyncio.get_running_loop().call_later(KEPT_S, self._arrived.set)
@@ -253,11 +256,6 @@ class Intake:
         self.forget(delivery)
         with contextlib.suppress(Exception):
             await self._log.link.nc.publish(delivery.reply, body)
-
-    async def acknowledge(self, arrived: Arrival) -> None:
-        """Say that a message that nobody can read is done with."""
-        with contextlib.suppress(Exception):
-            await self._log.link.nc.publish(arrived.reply, b"+ACK")
 
     def forget(self, delivery: Delivery) -> None:
         """Keep a delivery no longer: it is done with, or somebody else's."""
@@ -312,6 +310,7 @@ class Intake:
             if self._on_unreadable is not None and arrived.delivered >= UNREADABLE_DELIVERIES_MAX:
                 self._on_unreadable(arrived)
             return
+        lane.away.pop(arrived.seq)
         before = self._held.pop(arrived.seq, None)
         if before is not None:  # it came again while it waited here: the newer delivery is the one that counts
             self._hand.drop(before)
@@ -339,6 +338,9 @@ class Intake:
                 self._handed_back[delivery.seq] = delivery.delivered
             if not delay_s:
                 delivery.lane.gave_back()
+            else:
+                now = asyncio.get_running_loop().time()
+                delivery.lane.put_away(_urgency(delivery), Aside(delivery.reply, now + delay_s), now)
             await delivery.give_back(delay_s)
         while len(self._handed_back) > HANDED_BACK_KEPT_MAX:
             self._handed_back.popitem(last=False)
@@ -350,11 +352,15 @@ class Intake:
         tenants = {DEFAULT_TENANT, *self._tenants.items()}
         for where in [where for where in self._lanes if where.tenant not in tenants]:
             await self._lanes.pop(where).close()
+        every_s = heartbeat_s(LANES * len(tenants), replicated=self._log.replicated)
+        for lane in self._lanes.values():
+            lane.hear_every(every_s)
         for tenant in sorted(tenants):
             for number in range(LANES):
                 where = LaneOf(number, tenant)
                 if where not in self._lanes:
                     lane = TenantLane(self._log.link, where, self._slots, self._take)
+                    lane.hear_every(every_s)
                     await lane.start()
                     self._lanes[where] = lane
                     await lane.ask(self._room())
@@ -431,6 +437,17 @@ class Intake:
             those.sort(key=_urgency)
             await self._give_back(those[ASIDE_MAX:], min(ASIDE_S_MAX, max(ASIDE_S_MIN, through_s)))
             self._ask_soon(lane)
+        if self._takers:
+            await self._call_back()
+
+    async def _call_back(self) -> None:
+        """Have what is put off come again where nothing else is left to be seen: no slot waits beside it."""
+        now = asyncio.get_running_loop().time()
+        for lane in self._lanes.values():
+            for reply in lane.call_back(now):
+                with contextlib.suppress(Exception):  # it comes later by itself
+                    await self._log.link.nc.publish(reply, b"-NAK")
+                self._ask_soon(lane)
 
 
 def _urgency(delivery: Delivery) -> tuple[float, int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from streams.link import Link
 from streams.poll import Arrival, Poll
+from streams.ranking import Aside, Ranking, Urgency
 from streams.topology import LaneOf, lane_consumer
 
 WINDOW_MAX = 128
@@ -17,6 +18,8 @@ WINDOW_SPAN_S = 0.01  # how much work, by its usual length, is asked for ahead i
 VIEW_MAX = 128  # so much of a lane is held where more waits behind it
 VIEW_LOW = VIEW_MAX // 2  # more is asked for once it has shrunk to this: a question for each message would cost as much
 ASIDE_MAX = 128  # so much work that is put off does not count as held; what is more goes back for a while
+CALLED_BEFORE_S = 0.5  # what comes by itself so soon is not called back
+AWAY_MAX = 20_000  # so much of what goes back for a while is remembered
 STALE_S = 1.0  # after so long without a message, what was known to be behind tells nothing any more
 USUAL_FIRST_S = 0.1
 USUAL_WEIGHT = 0.1
@@ -31,10 +34,23 @@ class TenantLane:
     """A lane of a tenant: its open requests, and the counts that decide how many there are.
 
     ``held`` is how many of its messages are in the hand and not begun, ``aside`` how many of those do not count;
-    ``behind`` how many more there were when the last one came; ``returned`` how many went back and may be there still.
+    ``behind`` how many more there were when the last one came; ``returned`` how many went back and may be there still;
+    ``away`` holds what went back for a while, for more urgent work to be seen.
     """
 
-    __slots__ = ("_near", "_poll", "_slots", "aside", "behind", "heard_at", "held", "returned", "usual_s", "where")
+    __slots__ = (
+        "_near",
+        "_poll",
+        "_slots",
+        "aside",
+        "away",
+        "behind",
+        "heard_at",
+        "held",
+        "returned",
+        "usual_s",
+        "where",
+    )
 
     def __init__(self, link: Link, where: LaneOf, slots: int, take: Callable[[TenantLane, Arrival], None]) -> None:
         self.where = where
@@ -43,6 +59,7 @@ class TenantLane:
         self.behind = 0
         self.heard_at = 0.0
         self.returned = 0
+        self.away: Ranking[Aside] = Ranking()
         self.usual_s = USUAL_FIRST_S
         self._slots = slots
         self._near = window(self.usual_s, slots)
@@ -56,6 +73,10 @@ class TenantLane:
     def outstanding(self) -> int:
         """How many messages are asked for and have not come."""
         return self._poll.outstanding
+
+    def hear_every(self, seconds: float) -> None:
+        """Have the server say so often, from the next request on, that it still knows of our requests."""
+        self._poll.heartbeat_s = seconds
 
     async def start(self) -> None:
         """Begin to listen; nothing is asked for yet."""
@@ -79,6 +100,30 @@ class TenantLane:
         """Take note that one message went back: it can be had again, unless another worker takes it."""
         self.returned += 1
         self._poll.dry = False
+
+    def put_away(self, urgency: Urgency, aside: Aside, now: float) -> None:
+        """Remember what goes back for a while; what there is too much of comes by itself only."""
+        if len(self.away) >= AWAY_MAX:
+            for seq in [seq for seq, one in self.away.items() if one.until <= now]:
+                self.away.pop(seq)
+        if len(self.away) < AWAY_MAX:
+            self.away.put(urgency, aside)
+
+    def call_back(self, now: float) -> list[str]:
+        """Return the most urgent of what went back for a while and is wanted now: where to answer about it.
+
+        Nothing is as long as more is behind, or enough in the hand. What comes by itself within a moment is left alone,
+        for it may be another worker's by then.
+        """
+        called: list[str] = []
+        if self.held > VIEW_LOW or not self.dry(now):
+            return called
+        while self.away and self.held + len(called) < VIEW_MAX:
+            aside = self.away.pop(self.away.first())
+            if aside is not None and aside.until > now + CALLED_BEFORE_S:
+                called.append(aside.reply)
+                self.gave_back()
+        return called
 
     def learn(self, busy_s: float) -> None:
         """Take note of how long one invocation kept a slot busy; what is asked for ahead follows from it."""

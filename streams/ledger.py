@@ -33,11 +33,11 @@ import redis.exceptions
 from redis.asyncio import Redis
 
 from headrace.errors import Unavailable
-from headrace.joblog import Submitted
-from headrace.wire import Attempt, Replay, Started, decode, encode
+from headrace.joblog import Held, Submitted
+from headrace.wire import Attempt, Invocation, Replay, Started, decode, encode
 from streams.follow import follow
 from streams.log import Log
-from streams.record import Fact, InvocationRecord, RunRecord, apply, apply_invocation, fact_of
+from streams.record import Fact, InvocationRecord, RunRecord, apply, apply_invocation, fact_of, moves_of
 from streams.stored import Stored
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ FACTS = [
     "hr.work.>",
     "hr.job.>",
     "hr.submit.>",
+    "hr.held.>",
     "hr.done.>",
     "hr.end.>",
     "hr.start.>",
@@ -75,26 +76,31 @@ WORDS_MAX = 2000  # of one command: the script's stack holds 8,000
 Command = list[Any]
 
 
-# One round trip and one answer per batch, where a transaction of the client library has one answer per command.
-# ARGV: the position this writer left, the new one, then for each command its number of words and the words.
+# One round trip and one answer per batch, and one word for all of its commands: the client library takes longer to pack
+# thousands of words than all the rest takes.
+# ARGV: the position this writer left, the new one, and the commands, each packed behind the number of its words.
 WRITE = """
 local there = tonumber(redis.call('GET', KEYS[1]) or '0')
 if there ~= tonumber(ARGV[1]) then return there end
-local at = 3
-while at <= #ARGV do
-  local words = tonumber(ARGV[at])
-  redis.call(unpack(ARGV, at + 1, at + words))
-  at = at + words + 1
+local packed, at = ARGV[3], 1
+while at <= #packed do
+  local words, command = 0, {}
+  words, at = struct.unpack('>I4', packed, at)
+  for n = 1, words do command[n], at = struct.unpack('>I4c0', packed, at) end
+  redis.call(unpack(command))
 end
 redis.call('SET', KEYS[1], ARGV[2])
 return there
 """
 
-# ARGV: keys of hashes, each with a field of it. One command for a thousand, where the client library would pack a
-# thousand.
+# ARGV: keys of hashes, each with a field of it, packed.
 READ = """
-local found = {}
-for n = 1, #ARGV, 2 do found[(n + 1) / 2] = redis.call('HGET', ARGV[n], ARGV[n + 1]) end
+local found, packed, at = {}, ARGV[1], 1
+local key, field
+while at <= #packed do
+  key, field, at = struct.unpack('>I4c0I4c0', packed, at)
+  found[#found + 1] = redis.call('HGET', key, field)
+end
 return found
 """
 
@@ -260,7 +266,11 @@ class Writer:
         fields: dict[str, list[Any]] = {run: ["r", encode(record)] for run, record in now.items()}
         commands: list[Command] = []
         for (run, identity), one in invocations.items():
-            if one.state == "queued" and one.attempts == 0:
+            if (
+                one.state == "queued"
+                and one.attempts == 0
+                and not (one.job is not None and (one.job.moves or one.job.why))
+            ):
                 # Work that stands in the log twice must not make its invocation wait again.
                 commands.append(["HSETNX", run_key(run), "i:" + identity, encode(one)])
             elif one is not unchanged.get((run, identity)):
@@ -293,9 +303,13 @@ class Writer:
         return found
 
     async def _begun_before(self, facts: list[tuple[Fact, Stored]]) -> dict[tuple[str, str], InvocationRecord]:
-        """Return what is known of invocations that an attempt tells of: it may be late, and not the last word."""
+        """Return what is known of invocations that an attempt or a move tells of: it may be late, not the last word."""
         keys = list(
-            {(f.run_id, f.invocation_id): None for f, _ in facts if isinstance(f, Started | Attempt | Submitted)}
+            {
+                (f.run_id, f.invocation_id): None
+                for f, _ in facts
+                if isinstance(f, Started | Attempt | Submitted | Held) or (isinstance(f, Invocation) and moves_of(f))
+            }
         )
         if not keys or not self._position:
             return {}
@@ -304,8 +318,8 @@ class Writer:
 
     async def _fields(self, places: list[tuple[str, str]]) -> list[bytes | None]:
         """Return fields of hashes, each given by its key and its name."""
-        words = [word for place in places for word in place]
-        found: list[bytes | None] = await self._redis.evalsha(await self._script(READ), 0, *words)
+        packed = _packed(word for place in places for word in place)
+        found: list[bytes | None] = await self._redis.evalsha(await self._script(READ), 0, packed)
         return found
 
     async def _dead_of(self, runs: Iterable[str]) -> dict[str, list[str]]:
@@ -337,11 +351,8 @@ class Writer:
         if whole:
             # The layout once more: it may have been wiped since it was written, while the position was 0 anyway.
             commands = [*commands, ["SET", LAYOUT, LAYOUT_NOW], ["SET", WHOLE, uuid4().hex]]
-        flat: list[Any] = [self._position, position]
-        for command in commands:
-            flat.append(len(command))
-            flat += command
-        there = int(await self._redis.evalsha(await self._script(WRITE), 1, POSITION, *flat))
+        packed = b"".join([len(command).to_bytes(4, "big") + _packed(command) for command in commands])
+        there = int(await self._redis.evalsha(await self._script(WRITE), 1, POSITION, self._position, position, packed))
         if there != self._position:
             raise _Moved(f"{there} instead of {self._position}")
         self._position = position
@@ -387,6 +398,12 @@ class Writer:
         await self._commit(commands, self._position)
         for run in ended:
             self._cache.pop(run, None)
+
+
+def _packed(words: Iterable[Any]) -> bytes:
+    """Return words (bytes, text or numbers) as one, each behind its length, as the scripts read them."""
+    plain = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"".join([len(word).to_bytes(4, "big") + word for word in plain])
 
 
 def _split(name: str, key: str, words: list[Any]) -> list[Command]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from uuid import uuid4
 
 from nats.aio.client import Client as NatsClient
 from nats.js import JetStreamContext
 
 from headrace.errors import Unavailable
+from headrace.tasks import ended
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +25,10 @@ PING_INTERVAL_S = 1
 PINGS_UNANSWERED_MAX = 2
 RECONNECT_WAIT_S = 0.1
 PENDING_BYTES_MAX = 64 * 1024 * 1024
+API = "$JS.API"
+# An account without streams of its own cannot import the API of another one under this name: the server answers itself.
+SITE_API = "site.API"
+READERS = 8
 
 
 class _Client(NatsClient):
@@ -30,17 +37,33 @@ class _Client(NatsClient):
     Left alone, it waits until the server has taken the rest, which a paused one never does; and it would send the rest
     over the next connection, when those who wait for answers have asked again long ago.
 
-    Headers are read without a look at every character of their names: the server and we alone write them, each message
-    of the log has several, and that look took a tenth of a worker's time.
+    Headers are written and read without a look at every character of them: the server and we alone write them, each
+    message of the log has several, and that look took a tenth of a worker's time.
     """
+
+    async def _send_publish(
+        self, subject: str, reply: str, payload: bytes, payload_size: int, headers: dict[str, str] | None
+    ) -> None:
+        if not headers:
+            await super()._send_publish(subject, reply, payload, payload_size, None)
+            return
+        # Put together, not formatted: the names of the client's own are members of an enumeration, and would be those.
+        lines = "".join([name + f": {value}\r\n" for name, value in headers.items()])
+        head = f"NATS/1.0\r\n{lines}\r\n".encode()
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += payload_size
+        order = f"HPUB {subject} {reply} {len(head)} {len(head) + payload_size}\r\n".encode()
+        await self._send_command(b"%b%b%b\r\n" % (order, head, payload))
+        if self._flush_queue is not None and self._flush_queue.empty():
+            await self._flush_pending()
 
     @staticmethod
     def _parse_header_lines(raw: bytes) -> dict[str, str]:
         found: dict[str, str] = {}
-        for line in raw.split(b"\r\n"):
-            name, colon, value = line.partition(b":")
+        for line in raw.decode("utf-8", "replace").split("\r\n"):
+            name, colon, value = line.partition(":")
             if colon:
-                found[name.strip().decode("ascii", "replace")] = value.strip().decode("utf-8", "replace")
+                found[name] = value.strip()
         return found
 
     async def _process_op_err(self, e: Exception) -> None:
@@ -60,7 +83,13 @@ class Link:
     asks again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, site: str = "") -> None:
+        """Describe it; ``site`` is the one whose account this is a user of, which reaches a part of the log only."""
+        self.site = site
+        self.api = SITE_API if site else API
+        self._readers: asyncio.Queue[str] = asyncio.Queue()
+        for name in random.sample(reader_names(site), READERS if site else 0):
+            self._readers.put_nowait(name)
         self.nc: NatsClient = _Client()
         self.last_error = ""
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
@@ -74,7 +103,19 @@ class Link:
 
     def jetstream(self, timeout_s: float = 5.0) -> JetStreamContext:
         """Return the JetStream interface for management requests."""
-        return self.nc.jetstream(timeout=timeout_s)
+        return self.nc.jetstream(timeout=timeout_s, prefix=self.api)
+
+    @contextlib.asynccontextmanager
+    async def reader(self) -> AsyncIterator[str]:
+        """Lend a name for a short-lived consumer; the user of a site waits for one of those that it may use."""
+        if not self.site:
+            yield f"follow-{uuid4().hex[:16]}"
+            return
+        name = await self._readers.get()
+        try:
+            yield name
+        finally:
+            self._readers.put_nowait(name)
 
     def on_reconnect(self, act: Callable[[], Awaitable[None]]) -> Callable[[], None]:
         """Have ``act`` awaited after each reconnect; call what is returned to stop that."""
@@ -135,17 +176,27 @@ class Link:
             await self.nc.close()
 
 
-async def open_link(url: str, *, user: str = "", password: str = "", name: str = "headrace") -> Link:
-    """Connect to one or more servers (URLs parted by commas) and return the link.
+def reader_names(site: str) -> list[str]:
+    """Return the names that short-lived consumers of a site's user have: its rights name each of them."""
+    return [f"read-{number}@{site}" for number in range(READERS)]
+
+
+def inbox_of(site: str) -> str:
+    """Return the prefix of the subjects on which the user of a site hears."""
+    return f"_INBOX_site.{site}"
+
+
+async def open_link(url: str, *, user: str = "", password: str = "", name: str = "headrace", site: str = "") -> Link:
+    """Connect to one or more servers (URLs parted by commas) and return the link; ``site`` as of ``Link``.
 
     Raises:
         Unavailable: no server answered within 20 s, or all refuse the credentials.
     """
-    link = Link()
+    link = Link(site)
     options: dict[str, Any] = {
         "servers": url.split(","),
         "name": name,
-        "inbox_prefix": f"_INBOX_{user or name}",
+        "inbox_prefix": inbox_of(site) if site else f"_INBOX_{user or name}",
         "allow_reconnect": True,
         "max_reconnect_attempts": -1,
         "reconnect_time_wait": RECONNECT_WAIT_S,
@@ -161,13 +212,17 @@ async def open_link(url: str, *, user: str = "", password: str = "", name: str =
     }
     if user:
         options |= {"user": user, "password": password}
+    # In a task of its own: where a cancel gets lost in the client, it would try to connect for ever.
+    connecting = asyncio.create_task(link.nc.connect(**options), name="connect")
     try:
-        async with asyncio.timeout(OPEN_TIMEOUT_S):
-            await link.nc.connect(**options)
-    except TimeoutError as error:
+        done, _ = await asyncio.wait({connecting}, timeout=OPEN_TIMEOUT_S)
+    finally:
+        await ended({connecting})
+    if not done:
         await link.close()
         raise Unavailable(
             f"no NATS server at {url} takes this connection: {link.last_error or 'none answers'}",
             hint="Check HEADRACE_NATS_URL, the user and its password file; `headrace doctor` looks for the cause.",
-        ) from error
+        )
+    connecting.result()
     return link

@@ -23,6 +23,7 @@ from headrace.errors import HeadraceError, TooLarge, Unavailable
 from streams.link import Link
 from streams.live import Live
 from streams.replies import (
+    NO_HINTS,
     STREAM_FULL,
     WRONG_LAST_SEQUENCE,
     Info,
@@ -49,18 +50,21 @@ CROWD = 16
 GROUPS_IN_FLIGHT = 2
 STALE_TRIES_MAX = 50
 STALE_S = 0.05
+HINT_KEEP_S = 600
 
 
 class Record(NamedTuple):
     """A message to append, and its guard: ``absent`` names a subject (``*`` allowed) that must not hold a message yet.
 
-    With ``expected`` the guarded subject must hold that sequence as its last one instead.
+    With ``expected`` the guarded subject must hold that sequence as its last one instead. A ``hint`` is worth something
+    for minutes only (``HINT_KEEP_S``): how far something is, said again and again, would fill the log otherwise.
     """
 
     subject: str
     body: bytes
     absent: str | None = None
     expected: int = 0
+    hint: bool = False
 
 
 class AlreadyThere(HeadraceError):
@@ -98,7 +102,7 @@ class Log:
         """
         self._link = link
         self._linger_s = linger_s
-        self._replicated = replicated
+        self.replicated = replicated
         self._queue: deque[_Unit] = deque()
         self._committer: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -111,6 +115,8 @@ class Log:
         self._forget: Callable[[], None] | None = None
         # Set when an append got no answer: nothing more is sent until the log is heard again.
         self._silent = False
+        # Unset by a log that an older release has set up, which keeps hints as long as all else.
+        self._hints = True
         self.last_seq = 0
 
     @property
@@ -157,7 +163,8 @@ class Log:
         loop = asyncio.get_running_loop()
         waiting = _Unit(unit, loop.create_future(), loop.time() + timeout_s)
         self._queue.append(waiting)
-        self._wake.set()
+        if len(self._queue) in (1, CROWD):  # nobody waited before, or these are enough for one more group in flight
+            self._wake.set()
         return await waiting.done
 
     async def _commit_for_ever(self) -> None:
@@ -288,7 +295,12 @@ class Log:
         except Refused as refused:
             if unit.done.done():
                 return
-            if refused.code == STREAM_FULL:
+            if refused.code == NO_HINTS:
+                if self._hints:
+                    _log.warning("the log keeps hints as long as all else; mend it once by `headrace setup`, as admin")
+                self._hints = False
+                await self._commit_alone(unit)
+            elif refused.code == STREAM_FULL:
                 unit.done.set_exception(
                     Unavailable("the log is full", hint="Raise log_bytes_max or lower log_keep_s.", retry_after_s=30)
                 )
@@ -336,22 +348,28 @@ class Log:
         self._wake.set()
 
     async def _send(self, record: Record) -> int:
-        headers = _guard(record)
-        return sequence_in(await self._request(record.subject, record.body, headers))
+        return sequence_in(await self._request(record.subject, record.body, self._headers(record) or None))
 
     async def _send_batch(self, records: list[Record]) -> int:
         batch = f"{self._prefix[-8:-1]}-{next(self._batches)}"
         final = len(records)
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             for number, record in enumerate(records, 1):
-                headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
-                guard = _guard(record)
-                if guard is not None:
-                    headers.update(guard)
+                headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number), **self._headers(record)}
                 if number < final:
                     await self._publish(record.subject, record.body, "", headers)
             headers["Nats-Batch-Commit"] = "1"
             return sequence_in(await self._request(record.subject, record.body, headers))
+
+    def _headers(self, record: Record) -> dict[str, str]:
+        headers = {}
+        if record.hint and self._hints:
+            headers["Nats-TTL"] = f"{HINT_KEEP_S}s"
+        if record.absent is not None:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(record.expected)
+            if record.absent != record.subject:
+                headers["Nats-Expected-Last-Subject-Sequence-Subject"] = record.absent
+        return headers
 
     # ------------------------------------------------------------ requests and answers
 
@@ -419,19 +437,26 @@ class Log:
             raise _no_answer() from error
 
     async def _last(self, subject: str) -> Stored | None:
+        if self._link.site:  # any server may answer, and be behind: whatever a site appends is guarded
+            return stored_in(await self._request(f"{self._link.api}.DIRECT.GET.{STREAM}.{subject}", b""))
         body = msgspec.json.encode({"last_by_subj": subject})
-        if self._replicated:
-            return from_leader(await self._request(f"$JS.API.STREAM.MSG.GET.{STREAM}", body))
-        return stored_in(await self._request(f"$JS.API.DIRECT.GET.{STREAM}", body))
+        if self.replicated:
+            return from_leader(await self._request(f"{self._link.api}.STREAM.MSG.GET.{STREAM}", body))
+        return stored_in(await self._request(f"{self._link.api}.DIRECT.GET.{STREAM}", body))
 
     async def last_of_each(self, subjects: list[str]) -> list[Stored]:
         """Return the newest message of every subject that matches, in the order of the log.
+
+        The user of a site may ask only subject by subject, and gets the newest message of each pattern.
 
         Raises:
             TooLarge: more than 1,000 subjects match.
             Unavailable: the log does not answer.
         """
-        if not self._replicated:
+        if self._link.site:
+            newest = await asyncio.gather(*(self.last(subject) for subject in subjects))
+            return sorted((stored for stored in newest if stored is not None), key=lambda stored: stored.seq)
+        if not self.replicated:
             return (await self._last_of_each(subjects))[0]
         known = await self.end_seq()
         for _ in range(STALE_TRIES_MAX):
@@ -450,7 +475,7 @@ class Log:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S * 2):
                 body = msgspec.json.encode({"multi_last": subjects, "batch": READ_MANY_MAX + 1})
-                await self._publish(f"$JS.API.DIRECT.GET.{STREAM}", body, self._prefix + token, None)
+                await self._publish(f"{self._link.api}.DIRECT.GET.{STREAM}", body, self._prefix + token, None)
                 while True:
                     message = await queue.get()
                     status = (message.headers or {}).get("Status")
@@ -479,7 +504,7 @@ class Log:
         """
         body = msgspec.json.encode({"seq": 1, "next_by_subj": subject, "batch": 1})
         try:
-            first = await self._request(f"$JS.API.DIRECT.GET.{STREAM}", body)
+            first = await self._request(f"{self._link.api}.DIRECT.GET.{STREAM}", body)
         except TimeoutError as error:
             raise _no_answer() from error
         return 0 if stored_in(first) is None else 1 + int((first.headers or {}).get("Nats-Num-Pending", 0))
@@ -498,9 +523,11 @@ class Log:
 
     async def _at(self, seq: int) -> Stored:
         try:
-            stored = stored_in(await self._request(f"$JS.API.DIRECT.GET.{STREAM}", b'{"seq":%d}' % seq))
-            if stored is None and self._replicated:
-                stored = from_leader(await self._request(f"$JS.API.STREAM.MSG.GET.{STREAM}", b'{"seq":%d}' % seq))
+            stored = stored_in(await self._request(f"{self._link.api}.DIRECT.GET.{STREAM}", b'{"seq":%d}' % seq))
+            if stored is None and self.replicated:
+                stored = from_leader(
+                    await self._request(f"{self._link.api}.STREAM.MSG.GET.{STREAM}", b'{"seq":%d}' % seq)
+                )
         except TimeoutError as error:
             raise _no_answer() from error
         if stored is None:
@@ -535,7 +562,7 @@ class Log:
 
     async def _info(self) -> Info:
         try:
-            message = await self._request(f"$JS.API.STREAM.INFO.{STREAM}", b"")
+            message = await self._request(f"{self._link.api}.STREAM.INFO.{STREAM}", b"")
         except TimeoutError as error:
             raise _no_answer() from error
         info = msgspec.json.decode(message.data, type=Info)
@@ -556,15 +583,6 @@ def covers(pattern: str, subject: str) -> bool:
     """Say whether a subject is among those that a pattern with ``*`` names."""
     wanted, tokens = pattern.split("."), subject.split(".")
     return len(wanted) == len(tokens) and all(w in ("*", t) for w, t in zip(wanted, tokens, strict=True))
-
-
-def _guard(record: Record) -> dict[str, str] | None:
-    if record.absent is None:
-        return None
-    guard = {"Nats-Expected-Last-Subject-Sequence": str(record.expected)}
-    if record.absent != record.subject:
-        guard["Nats-Expected-Last-Subject-Sequence-Subject"] = record.absent
-    return guard
 
 
 def _no_answer() -> Unavailable:

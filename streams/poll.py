@@ -18,12 +18,28 @@ from nats.aio.subscription import Subscription
 from streams.link import Link
 from streams.topology import STREAM
 
-EXPIRES_S = 60
+EXPIRES_S = 120
+# In a cluster the request of an agent that is gone seems to be open until it expires, for the user of a site is of
+# another account; what it is given until then comes to nobody, and again only when the time to acknowledge it is over.
+SITE_EXPIRES_S = 5
 GLANCE_S = 0.25
-# In a cluster a consumer may lose its leader while our own connection stands: only the silence tells.
-HEARTBEAT_S = 2
-SILENCE_S = 5.0
+# In a cluster a consumer may lose its leader while our own connection stands: only the silence tells. A server that is
+# alone does not fall silent while it answers the pings of the connection; then it is only to be on the safe side.
+HEARTBEAT_S, HEARTBEAT_ALONE_S, HEARTBEAT_S_MAX = 2.0, 10.0, 60.0
+HEARTBEATS_PER_S_MAX = 30.0  # for one process, however many lanes of however many tenants it polls
+SILENT_BEATS = 2.5  # so many heartbeats late, and the request is taken for lost
 ABSENT_RETRY_S = 0.25
+
+
+def heartbeat_s(polls: int, *, replicated: bool) -> float:
+    """Return how often the server is to say of a request that it is still open, in seconds.
+
+    Args:
+        polls: how many there are beside each other.
+        replicated: whether the log has copies on several servers.
+    """
+    often = HEARTBEAT_S if replicated else HEARTBEAT_ALONE_S
+    return min(HEARTBEAT_S_MAX, max(often, polls / HEARTBEATS_PER_S_MAX))
 
 
 class Arrival(NamedTuple):
@@ -59,11 +75,21 @@ def arrival(message: Msg) -> Arrival:
 
 
 class Poll:
-    """Open requests on one consumer: ``take`` gets each message, ``lost`` hears that the consumer is gone."""
+    """Open requests on one consumer: ``take`` gets each message, ``lost`` hears that the consumer is gone.
 
-    def __init__(self, link: Link, consumer: str, take: Callable[[Arrival], None], lost: Callable[[], None]) -> None:
+    ``heartbeat_s`` may be changed at any time, and counts from the next request on.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        consumer: str,
+        take: Callable[[Arrival], None],
+        lost: Callable[[], None],
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
         self._link = link
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
+        self._next = f"{link.api}.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
         self._take = take
         self._lost = lost
         self._prefix = ""
@@ -75,6 +101,9 @@ class Poll:
         self._retry: asyncio.Future[None] | None = None
         self._heard_at = 0.0
         self._wanted = 0
+        self._silent_s = SILENT_BEATS * heartbeat_s
+        self.heartbeat_s = heartbeat_s
+        self._expires_s = SITE_EXPIRES_S if link.site else EXPIRES_S
         self.outstanding = 0
         self.dry = False  # a request ended for want of messages, and nothing came since
 
@@ -102,10 +131,12 @@ class Poll:
         more = messages - self.outstanding
         if more <= 0 or not self._link.connected:
             return
+        # The open requests of a poll differ for a while where this was changed: the rarest heartbeat is waited for.
+        self._silent_s = max(self._silent_s if self.outstanding else 0.0, SILENT_BEATS * self.heartbeat_s)
         request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (
             more,
-            EXPIRES_S * 1_000_000_000,
-            HEARTBEAT_S * 1_000_000_000,
+            self._expires_s * 1_000_000_000,
+            int(min(self.heartbeat_s, self._expires_s / 2) * 1e9),
         )
         await self._ask(more, request)
 
@@ -160,8 +191,8 @@ class Poll:
     async def _watch(self) -> None:
         """Ask again when a request has been open for long without a sign of life."""
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(self.heartbeat_s)
             silent_s = asyncio.get_running_loop().time() - self._heard_at
-            if self.outstanding and silent_s > SILENCE_S and self._link.connected:
+            if self.outstanding and silent_s > self._silent_s and self._link.connected:
                 self._lost()
                 await self._restart()

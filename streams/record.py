@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct, structs
 
 from headrace.clock import format_instant, maybe_instant
-from headrace.joblog import JOB, Submitted
+from headrace.joblog import JOB, Held, JobWork, Submitted
 from headrace.model import (
     FINAL,
     AnswerLinks,
@@ -22,6 +22,7 @@ from headrace.model import (
     Fidelity,
     InvocationState,
     InvocationView,
+    JobMove,
     JobState,
     JobView,
     Links,
@@ -37,6 +38,7 @@ from headrace.wire import (
     Invocation,
     JobDone,
     Mark,
+    Move,
     Outcome,
     Replay,
     Replayed,
@@ -144,6 +146,8 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ended_at: float | None = None
     exit_code: int | None = None
     reason: str = ""
+    why: str = ""
+    moves: list[Move] = []
 
 
 class InvocationRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -164,11 +168,12 @@ class InvocationRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     job: JobRecord | None = None
 
 
-Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel | Replay | Submitted
+Fact = Invocation | Outcome | RunEnd | Started | Attempt | Cancel | Replay | Submitted | Held
 _KINDS: dict[str, type[Fact]] = {
     "work": Invocation,
     "job": Invocation,
     "submit": Submitted,
+    "held": Held,
     "done": Outcome,
     "end": RunEnd,
     "start": Started,
@@ -330,6 +335,8 @@ def apply_invocation(known: InvocationRecord | None, fact: Fact, stored: Stored)
     match fact:
         case Submitted():
             return _submitted(known, fact, stored)
+        case Held():
+            return _held(known, fact)
         case Invocation(function=function) if function == JOB:
             return _waiting(known, fact, stored)
         case Invocation():
@@ -382,8 +389,14 @@ def apply_invocation(known: InvocationRecord | None, fact: Fact, stored: Stored)
 
 def _waiting(known: InvocationRecord | None, job: Invocation, stored: Stored) -> InvocationRecord:
     """Return a job that waits for its site; one that waits again stands in the log behind its first submission."""
-    if known is not None:
+    moves = moves_of(job)
+    if known is not None and (known.state in FINAL or not moves):
         return structs.replace(known, parent_id=job.parent_id, queued_at=known.queued_at or stored.at)
+    site = stored.subject.split(".")[2]
+    if known is not None:
+        reason = "" if known.job is None else known.job.reason
+        moved = JobRecord(site=site, reason=reason, moves=moves)
+        return structs.replace(known, state="queued", worker=None, started_at=None, seq=stored.seq, job=moved)
     return InvocationRecord(
         invocation_id=job.invocation_id,
         parent_id=job.parent_id,
@@ -392,24 +405,43 @@ def _waiting(known: InvocationRecord | None, job: Invocation, stored: Stored) ->
         state="queued",
         queued_at=stored.at,
         seq=stored.seq,
-        job=JobRecord(site=stored.subject.split(".")[2]),
+        job=JobRecord(site=site, moves=moves),
     )
+
+
+def moves_of(fact: Fact) -> list[Move]:
+    """Return where a job was before that a fact says to wait; none for any other fact."""
+    if not isinstance(fact, Invocation) or fact.function != JOB:
+        return []
+    try:
+        return decode(fact.payload.body, JobWork).moves
+    except msgspec.MsgspecError:
+        return []  # its site cannot read it either, and says so
 
 
 def _submitted(known: InvocationRecord | None, fact: Submitted, stored: Stored) -> InvocationRecord:
     if known is not None and known.state in FINAL:
         return known
-    job = JobRecord(site=fact.site, state="queued", native_id=fact.native_id, submitted_at=fact.at)
+    moves = [] if known is None or known.job is None else known.job.moves
+    job = JobRecord(site=fact.site, state="queued", native_id=fact.native_id, submitted_at=fact.at, moves=moves)
     before = known or InvocationRecord(
         invocation_id=fact.invocation_id, function=JOB, version="", state="queued", seq=stored.seq
     )
     return structs.replace(before, state="queued", attempts=fact.attempt, worker=fact.agent, seq=stored.seq, job=job)
 
 
+def _held(known: InvocationRecord | None, fact: Held) -> InvocationRecord | None:
+    """Return a job with why it is not submitted yet; what comes late, of another agent or site, tells nothing."""
+    if known is None or known.state in FINAL or (known.job is not None and known.job.native_id is not None):
+        return known
+    job = known.job or JobRecord(site=fact.site)
+    return known if job.site != fact.site else structs.replace(known, job=structs.replace(job, why=fact.why))
+
+
 def _moved_on(job: JobRecord, fact: Started | Attempt) -> JobRecord:
     """Return a job that began to run, or whose attempt failed and which waits for the next one."""
     if isinstance(fact, Attempt):
-        return JobRecord(site=job.site, reason=fact.error.kind)
+        return JobRecord(site=job.site, reason=fact.error.kind, moves=job.moves)
     return structs.replace(job, state="active", started_at=fact.started_at)
 
 
@@ -423,6 +455,7 @@ def _ended_job(done: JobDone) -> JobRecord:
         ended_at=done.ended_at,
         exit_code=done.exit_code,
         reason=done.reason,
+        moves=done.moves,
     )
 
 
@@ -521,8 +554,10 @@ def _shown_job(one: InvocationRecord, job: JobRecord, record: RunRecord) -> JobV
         ended_at=maybe_instant(job.ended_at),
         exit_code=job.exit_code,
         reason=job.reason,
+        why=job.why,
         parent_id=one.parent_id,
         error=one.error,
+        moves=[JobMove(at=format_instant(move.at), site=move.site, why=move.why) for move in job.moves],
     )
 
 

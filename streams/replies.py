@@ -12,6 +12,7 @@ from streams.stored import Stored
 
 WRONG_LAST_SEQUENCE = 10071
 STREAM_FULL = 10077
+NO_HINTS = 10166  # the stream lets no message leave before the others
 NO_LEADER = 10008
 NOT_FOUND = 10037
 

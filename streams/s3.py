@@ -7,7 +7,6 @@ boto3 blocks, so it is called in threads. It is imported here alone, by processe
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -31,13 +30,15 @@ SENDERS = 4
 CALLS_MAX = 16
 LINK_S = 3600
 UPLOADS = "uploads/"
+_DAMAGED = frozenset({"XAmzContentSHA256Mismatch", "BadDigest"})
 _GONE = frozenset({"NoSuchKey", "NoSuchUpload", "404", "NotFound"})
 
 
 class Access(Struct, frozen=True, kw_only=True):
     """Where the server is and who we are: no keys means the standard chain (environment, files, role of the machine).
 
-    ``public_url`` is where callers reach the same server, if that is another address than ours.
+    ``public_url`` is where callers reach the same server, if that is another address than ours; ``proxy_url`` is the
+    HTTP proxy that leads there, and ``ca_file`` holds the certificates to trust, where that are not the public ones.
     """
 
     endpoint_url: str = ""
@@ -46,10 +47,16 @@ class Access(Struct, frozen=True, kw_only=True):
     access_key: str = ""
     secret_key: str = ""
     session_token: str = ""
+    proxy_url: str = ""
+    ca_file: str = ""
 
     def __repr__(self) -> str:
         """Say where, and never who."""
         return f"Access({self.endpoint_url or 'aws'!r})"
+
+
+class Damaged(Unavailable):
+    """What arrived at the server is not what was sent."""
 
 
 class Found(Struct, frozen=True, kw_only=True):
@@ -75,25 +82,36 @@ class Store:
         )
         config = Config(
             signature_version="s3v4",
-            s3={"addressing_style": "path"} if access.endpoint_url else {},
+            # The SHA-256 of what is sent is part of the signature, over TLS too: every server checks it, and older ones
+            # know no other checksum but the slower MD5.
+            s3={"payload_signing_enabled": True} | ({"addressing_style": "path"} if access.endpoint_url else {}),
             retries={"mode": "standard", "total_max_attempts": 5},
             connect_timeout=5,
             read_timeout=60,
             max_pool_connections=CALLS_MAX,
-            # Content-MD5, which every server checks, is sent instead; older servers know no other checksum.
+            # What is set counts, and not what stands in the environment.
+            proxies={"http": access.proxy_url, "https": access.proxy_url} if access.proxy_url else {},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        self._client = session.client("s3", endpoint_url=access.endpoint_url or None, config=config)
+        verify = access.ca_file or True
+        self._client = session.client("s3", endpoint_url=access.endpoint_url or None, config=config, verify=verify)
         self._signer = self._client
         if access.public_url:
-            self._signer = session.client("s3", endpoint_url=access.public_url, config=config)
+            self._signer = session.client("s3", endpoint_url=access.public_url, config=config, verify=verify)
 
     def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Make one call by its name in boto3 and return the answer."""
         with _told(f"{arguments.get('Bucket', '')}/{arguments.get('Key', '')}"):
             found: dict[str, Any] = getattr(self._client, operation)(**arguments)
         return found
+
+    def send(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Make a call that carries bytes; what was damaged on the way is sent once more."""
+        try:
+            return self.call(operation, **arguments)
+        except Damaged:
+            return self.call(operation, **arguments)
 
     def read(self, bucket: str, key: str) -> bytes:
         """Return the bytes of an object."""
@@ -147,8 +165,8 @@ class Bucket:
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
     def put(self, key: str, body: bytes) -> None:
-        """Store a few bytes; the server checks their MD5."""
-        self.store.call("put_object", **self._at(key), Body=body, ContentMD5=_md5(body))
+        """Store a few bytes; the server checks their SHA-256."""
+        self.store.send("put_object", **self._at(key), Body=body)
 
     def read(self, key: str) -> bytes:
         """Return the bytes of an object."""
@@ -178,13 +196,12 @@ class Bucket:
 
         def send_part(number: int) -> Found:
             body = os.pread(handle, part_bytes, (number - 1) * part_bytes)
-            etag = self.store.call(
+            etag = self.store.send(
                 "upload_part",
                 **self._at(key),
                 UploadId=upload,
                 PartNumber=number,
                 Body=body,
-                ContentMD5=_md5(body),
             )["ETag"]
             return Found(number=number, size=len(body), etag=etag)
 
@@ -313,10 +330,6 @@ def _key(digest: str) -> str:
     return f"{digest[:2]}/{digest}"
 
 
-def _md5(body: bytes) -> str:
-    return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-
-
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Turn boto3's errors into ours; what they say holds neither keys nor signatures."""
@@ -326,6 +339,7 @@ def _told(what: str) -> Iterator[None]:
         code = str(error.response.get("Error", {}).get("Code", ""))
         if code in _GONE:
             raise NotFound(f"there is no s3://{what}", hint="Check the name; it may have been cleaned up.") from error
-        raise Unavailable(f"s3://{what}: the server says {code}", hint="Check bucket, keys and rights.") from error
+        kind = Damaged if code in _DAMAGED else Unavailable
+        raise kind(f"s3://{what}: the server says {code}", hint="Check bucket, keys and rights.") from error
     except BotoCoreError as error:
         raise Unavailable(f"s3://{what}: {error}", hint="Check HEADRACE_S3_URL and the credentials.") from error

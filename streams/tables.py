@@ -1,4 +1,7 @@
-"""Small tables of which every process holds a fresh copy: functions and versions, routes, tenants, forecasts, sites."""
+"""Small tables of which every process holds a fresh copy: functions and versions, routes, tenants, forecasts, sites.
+
+How long a site is silent, all read by one clock: that of the server, which stored its row.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 import nats.errors
-from nats.js.errors import KeyDeletedError, KeyNotFoundError
-from nats.js.kv import KeyValue
+from msgspec import structs
+from nats.js.errors import KeyWrongLastSequenceError, NotFoundError
+from nats.js.kv import KV_DEL, KV_OP, KV_PURGE, KeyValue
 
 from headrace.errors import Unavailable
 from headrace.joblog import SiteRecord
@@ -40,6 +45,7 @@ class Table(Generic[T]):
         self._bucket = bucket
         self._kind = kind
         self._rows: dict[str, T] = {}
+        self._revisions: dict[str, int] = {}  # of the rows that came from the server
         self._store: KeyValue | None = None
         self._watching: asyncio.Task[None] | None = None
         self._filled = asyncio.Event()
@@ -80,25 +86,52 @@ class Table(Generic[T]):
         Raises:
             Unavailable: the server does not answer.
         """
+        self._bound()
         try:
-            entry = await self._bound().get(name)
-        except (KeyNotFoundError, KeyDeletedError):
+            # Not by the bucket's own `get`, which does not tell when the row was stored.
+            found = await self._link.jetstream().get_msg(
+                f"KV_{self._bucket}", subject=f"$KV.{self._bucket}.{name}", direct=True
+            )
+        except NotFoundError:
             return None
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._away() from error
-        row = decode(entry.value or b"", self._kind)
-        self._rows[name] = row
+        if (found.headers or {}).get(KV_OP) in (KV_DEL, KV_PURGE):
+            return None
+        row = self._read(found.data, found.time)
+        if (found.seq or 0) >= self._revisions.get(name, 0):
+            self._rows[name], self._revisions[name] = row, found.seq or 0
         self._tell()
         return row
+
+    async def create(self, name: str, row: T) -> bool:
+        """Write a row unless there is one of this name, and say whether there was none.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
+        try:
+            revision = await self._bound().create(name, encode(row))
+        except KeyWrongLastSequenceError:
+            return False
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise self._away() from error
+        self._wrote(name, row, revision)
+        return True
+
+    def _wrote(self, name: str, row: T, revision: int) -> None:
+        """Have a row that we wrote in our copy at once, unless the server was quicker to tell of it, or of a newer."""
+        if revision > self._revisions.get(name, 0):
+            self._rows[name] = row
+        self._tell()
 
     async def put(self, name: str, row: T) -> None:
         """Write a row; it is on disk and in this process's copy when this returns."""
         try:
-            await self._bound().put(name, encode(row))
+            revision = await self._bound().put(name, encode(row))
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._away() from error
-        self._rows[name] = row
-        self._tell()
+        self._wrote(name, row, revision)
 
     async def delete(self, name: str) -> bool:
         """Remove a row and say whether there was one."""
@@ -108,9 +141,17 @@ class Table(Generic[T]):
             await self._bound().delete(name)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise self._away() from error
-        self._rows.pop(name, None)
-        self._tell()
+        self._gone(name)
         return True
+
+    def _gone(self, name: str) -> None:
+        self._rows.pop(name, None)
+        self._revisions.pop(name, None)
+        self._tell()
+
+    def _read(self, body: bytes | None, stored: datetime | None) -> T:
+        """Return the row that stands in a message, which was stored at an instant of the server."""
+        return decode(body or b"", self._kind)
 
     def _bound(self) -> KeyValue:
         if self._store is None:
@@ -132,16 +173,16 @@ class Table(Generic[T]):
                         if entry is None:  # all that was there has been told (the client may say so more than once)
                             if not told:
                                 for gone in self._rows.keys() - seen:
-                                    del self._rows[gone]
+                                    self._gone(gone)
                             told = True
                             self._filled.set()
                             self._tell()
                         elif entry.operation in ("DEL", "PURGE"):
-                            self._rows.pop(entry.key, None)
-                            self._tell()
+                            self._gone(entry.key)
                         else:
                             seen.add(entry.key)
-                            self._rows[entry.key] = decode(entry.value or b"", self._kind)
+                            self._rows[entry.key] = self._read(entry.value, entry.created)
+                            self._revisions[entry.key] = entry.revision
                             if told:
                                 self._tell()
                 finally:
@@ -154,6 +195,17 @@ class Table(Generic[T]):
             await asyncio.sleep(0.5)
 
 
+class SiteTable(Table[SiteRecord]):
+    """How the sites are. ``at`` of each row is when the server stored it, for agents' clocks are not all right."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link, "sites", SiteRecord)
+
+    def _read(self, body: bytes | None, stored: datetime | None) -> SiteRecord:
+        row = super()._read(body, stored)
+        return row if stored is None else structs.replace(row, at=stored.timestamp())
+
+
 class Tables:
     """The tables of a platform."""
 
@@ -163,7 +215,7 @@ class Tables:
         self.routes = Table(link, "routes", RouteRecord)
         self.tenants = Table(link, "tenants", TenantRecord)
         self.forecasts = Table(link, "forecasts", ForecastRow)
-        self.sites = Table(link, "sites", SiteRecord)
+        self.sites = SiteTable(link)
 
     async def open(self) -> None:
         """Fill the copies of all of them, and keep them fresh from now on."""

@@ -10,15 +10,19 @@
     hr.try.<run>.<invocation>.<attempt>          Attempt: failed, to be tried again
     hr.note.<run>.<invocation>.<attempt>         Note: log lines and progress
     hr.submit.<run>.<job>.<attempt>.<site>       Submitted: the batch system of the site has the job
+    hr.held.<run>.<job>.<site>                   Held: why a job is not submitted yet
     hr.report.<run>.<job>.<site>                 Report: what the job's wrapper says of its start, progress and end
     hr.cancel.<run>.<who>                        Cancel: by a user, or by the run of a later event of the same thread
     hr.thread.<thread>.<run>                     Member: the event of a run belongs to a thread of revisions
     hr.newest.<key>                              Newest: the last accepted run of those of which only one counts
     hr.replay.<run>                              Replay: a failed run was given another go by a new one
 
+All of it stays for as long as the log is kept, except for notes and reports that only say how far something is
+(``Record.hint``): they leave after minutes, as each of them is worth nothing once there is a newer one.
+
 Lane and tenant stand in the subject of work: one consumer for each pair of them reads it without looking at the rest,
 so that a worker can take of every tenant, however much another one has waiting. A job is an invocation whose body runs
-at a site; a consumer for each site hands its jobs to the site's agent.
+at a site; a consumer for each tenant at each site hands its jobs to the site's agent, for the same reason.
 
 Leases and the outcome of an invocation are one family, ``hr.*.<run>.<invocation>``: who appends to it says which
 message of it was the last one known to him, so of all attempts only the holder of the newest lease can commit.
@@ -28,9 +32,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import msgspec
 import nats.errors
 from msgspec import Struct
 from nats.js.api import (
@@ -45,7 +50,7 @@ from nats.js.api import (
     StreamConfig,
 )
 from nats.js.client import JetStreamContext
-from nats.js.errors import NoKeysError, NotFoundError
+from nats.js.errors import NoKeysError, NotFoundError, ServiceUnavailableError
 from nats.js.kv import KeyValue
 
 from headrace.errors import Unavailable
@@ -58,6 +63,7 @@ INLINE_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 16 * 1024 * 1024
 ACK_WAIT_S = 6.0
 ACK_PENDING_MAX = 100_000
+ANSWER_S = 2.0
 BUCKETS = ("functions", "versions", "routes", "tenants", "forecasts", "sites")
 
 
@@ -82,6 +88,11 @@ def job_subject(site: str, tenant: str, run: str, job: str) -> str:
 def submit_subject(run: str, job: str, attempt: int | str, site: str) -> str:
     """Return the subject that says the batch system of a site has a job."""
     return f"hr.submit.{run}.{job}.{attempt}.{site}"
+
+
+def held_subject(run: str, job: str, site: str) -> str:
+    """Return the subject that says why a job waits at its site to be submitted."""
+    return f"hr.held.{run}.{job}.{site}"
 
 
 def report_subject(run: str, job: str, site: str) -> str:
@@ -155,6 +166,7 @@ def run_subjects(run: str) -> list[str]:
         work_subject("*", "*", run, "*"),
         job_subject("*", "*", run, "*"),
         submit_subject(run, "*", "*", "*"),
+        held_subject(run, "*", "*"),
         done_subject(run, "*"),
         start_subject(run, "*", "*"),
         attempt_subject(run, "*", "*"),
@@ -193,15 +205,28 @@ def lane_of(consumer: str) -> LaneOf | None:
     return LaneOf(int(lane), tenant) if kind == "work" and tenant and lane.isdecimal() else None
 
 
-def site_consumer(site: str) -> str:
-    """Return the name of the consumer that hands the jobs of a site to its agent."""
+class JobsOf(NamedTuple):
+    """The jobs of one tenant at one site, which have a consumer of their own."""
+
+    site: str
+    tenant: str
+
+
+def jobs_consumer(site: str, tenant: str) -> str:
+    """Return the name of the consumer that hands the jobs of a tenant at a site to its agent."""
+    return f"jobs-{tenant}@{site}"
+
+
+def jobs_of(consumer: str) -> JobsOf | None:
+    """Return whose jobs at which site a consumer reads; None for any other consumer."""
+    kind, _, rest = consumer.partition("-")
+    tenant, _, site = rest.partition("@")
+    return JobsOf(site, tenant) if kind == "jobs" and site else None
+
+
+def _undivided_jobs(site: str) -> str:
+    """Return the name of the one consumer of a site's jobs in a log of an older release."""
     return f"jobs-{site}"
-
-
-def site_of(consumer: str) -> str | None:
-    """Return the site whose jobs a consumer reads; None for any other consumer."""
-    kind, _, site = consumer.partition("-")
-    return site if kind == "jobs" and site else None
 
 
 def _stream(limits: Limits, replicas: int) -> StreamConfig:
@@ -216,6 +241,7 @@ def _stream(limits: Limits, replicas: int) -> StreamConfig:
         num_replicas=replicas,
         allow_atomic=True,
         allow_direct=True,
+        allow_msg_ttl=True,
     )
 
 
@@ -228,9 +254,19 @@ def lane_config(lane: int, tenant: str, start: int = 1) -> ConsumerConfig:
         start: the sequence at which it begins to read. It is named and not left to the server ("what comes from now
             on"): a consumer whose state was lost begins there again.
     """
+    return _reader(lane_consumer(lane, tenant), f"hr.work.{lane}.{tenant}.>", start)
+
+
+def jobs_config(site: str, tenant: str, start: int = 1) -> ConsumerConfig:
+    """Return what the consumer of a tenant's jobs at a site is to be; ``start`` as of a lane."""
+    return _reader(jobs_consumer(site, tenant), job_subject(site, tenant, "*", "*"), start)
+
+
+def _reader(name: str, subject: str, start: int) -> ConsumerConfig:
     return ConsumerConfig(
-        durable_name=lane_consumer(lane, tenant),
-        filter_subject=f"hr.work.{lane}.{tenant}.>",
+        name=name,
+        durable_name=name,
+        filter_subject=subject,
         deliver_policy=DeliverPolicy.BY_START_SEQUENCE if start > 1 else DeliverPolicy.ALL,
         opt_start_seq=start if start > 1 else None,
         ack_policy=AckPolicy.EXPLICIT,
@@ -241,37 +277,120 @@ def lane_config(lane: int, tenant: str, start: int = 1) -> ConsumerConfig:
     )
 
 
-def site_config(site: str) -> ConsumerConfig:
-    """Return what the consumer of a site's jobs is to be. It begins at the beginning: jobs may wait for their site."""
-    return ConsumerConfig(
-        name=site_consumer(site),
-        durable_name=site_consumer(site),
-        filter_subject=job_subject(site, "*", "*", "*"),
-        deliver_policy=DeliverPolicy.ALL,
-        ack_policy=AckPolicy.EXPLICIT,
-        ack_wait=ACK_WAIT_S,
-        max_deliver=-1,
-        max_ack_pending=ACK_PENDING_MAX,
-        max_waiting=4096,
-    )
+async def ensure_jobs(link: Link, site: str) -> frozenset[str]:
+    """Make the consumers of a site's jobs, one for each tenant, and return the tenants whose jobs it may take. Safe to
+    repeat.
+
+    Its agent does so, who may not read the table of tenants: they are those who have lanes. The consumers begin at the
+    beginning, for jobs may wait for their site. In a log of an older release one consumer read the jobs of all: they
+    begin where everything before was acknowledged to that one, and it is removed. What was acknowledged to it beyond
+    comes once more, and its agent finds in the log what was done about it.
+
+    Raises:
+        Unavailable: the log does not answer.
+    """
+    js = link.jetstream()
+    try:
+        names = await _names(link)
+        tenants = _tenants_in(names)
+        there = {found.tenant for name in names if (found := jobs_of(name)) and found.site == site}
+        undivided = _undivided_jobs(site)
+        begin = 1
+        if undivided in names:
+            begin = _undivided_floor(await js.consumer_info(STREAM, undivided)) + 1
+        missing = sorted(tenants - there)
+        made = await asyncio.gather(*(_make(link, jobs_config(site, tenant, begin)) for tenant in missing))
+        for tenant in there - tenants:
+            with _if_allowed(link):
+                await _delete(js, jobs_consumer(site, tenant))
+        if undivided in names:
+            await _delete(js, undivided)
+    except (nats.errors.Error, msgspec.MsgspecError, OSError, TimeoutError) as error:
+        raise Unavailable("the log does not answer", hint="Is it running, and is it full?") from error
+    return tenants - {tenant for tenant, there in zip(missing, made, strict=True) if not there}
 
 
-async def ensure_site(link: Link, site: str) -> None:
-    """Make the consumer of a site's jobs; an agent does so when it starts. Safe to repeat: it keeps its place.
+async def _make(link: Link, config: ConsumerConfig) -> bool:
+    """Make a consumer, and say whether this user may."""
+    with _if_allowed(link):
+        await link.jetstream().add_consumer(STREAM, config)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _if_allowed(link: Link) -> Iterator[None]:
+    """Pass over what the user of a site may not do: nobody answers, while a server that is not ready says so."""
+    try:
+        yield
+    except ServiceUnavailableError as error:
+        if not link.site or error.err_code is not None:
+            raise
+
+
+async def lane_tenants(link: Link) -> frozenset[str]:
+    """Return who has lanes, which are all tenants.
 
     Raises:
         Unavailable: the log does not answer.
     """
     try:
-        await link.jetstream().add_consumer(STREAM, site_config(site))
-    except (nats.errors.Error, OSError, TimeoutError) as error:
+        return _tenants_in(await _names(link))
+    except (nats.errors.Error, msgspec.MsgspecError, OSError, TimeoutError) as error:
+        raise Unavailable("the log does not answer", hint="Is it running?") from error
+
+
+def _tenants_in(names: Iterable[str]) -> frozenset[str]:
+    return frozenset({DEFAULT_TENANT, *(lane.tenant for name in names if (lane := lane_of(name)))})
+
+
+async def jobs_waiting(link: Link, site: str) -> int | None:
+    """Return up to which sequence every job of a site is acknowledged; None where no job of it is not.
+
+    Where an agent has not yet made the consumers of all tenants, nothing is known to be acknowledged: 0.
+
+    Raises:
+        Unavailable: the log does not answer.
+    """
+    js = link.jetstream()
+    try:
+        names = await _names(link)
+        tenants = _tenants_in(names)
+        if not names >= {jobs_consumer(site, tenant) for tenant in tenants}:
+            return 0
+        infos = [await js.consumer_info(STREAM, jobs_consumer(site, tenant)) for tenant in sorted(tenants)]
+    except (nats.errors.Error, msgspec.MsgspecError, OSError, TimeoutError) as error:
         raise Unavailable("the log does not answer", hint="Is it running, and is it full?") from error
+    busy = [info for info in infos if info.num_pending or info.num_ack_pending]
+    return min((0 if info.ack_floor is None else info.ack_floor.stream_seq for info in busy), default=None)
 
 
-async def ensure(link: Link, limits: Limits, replicas: int = 1) -> None:
-    """Create the stream, its lanes and the tables, or bring them to these limits. Safe to repeat."""
+async def remove_site(link: Link, site: str) -> None:
+    """Remove the consumers of a site's jobs, and with them the memory of which of those are acknowledged."""
+    js = link.jetstream()
+    for name in await _names(link):
+        found = jobs_of(name)
+        if name == _undivided_jobs(site) or (found is not None and found.site == site):
+            await _delete(js, name)
+
+
+async def notes_of(link: Link) -> dict[str, str]:
+    """Return what is noted at the log beside its limits; nothing where there is no log yet."""
+    try:
+        found = (await link.jetstream().stream_info(STREAM)).config.metadata or {}
+    except NotFoundError:
+        return {}
+    return {name: text for name, text in found.items() if not name.startswith("_nats.")}
+
+
+async def ensure(link: Link, limits: Limits, replicas: int = 1, notes: Mapping[str, str] | None = None) -> None:
+    """Create the stream, its lanes and the tables, or bring them to these limits. Safe to repeat.
+
+    ``notes`` are kept at the log beside its limits; those that are there stay where none are given.
+    """
     js = link.jetstream()
     wanted = _stream(limits, replicas)
+    wanted.metadata = await notes_of(link) | dict(notes or {})
     try:
         await js.stream_info(STREAM)
     except NotFoundError:
@@ -309,10 +428,10 @@ async def add_tenant(link: Link, tenant: str) -> None:
 
 
 async def remove_tenant(link: Link, tenant: str) -> None:
-    """Remove the lanes of a tenant, and with them the memory of which of its work is done."""
+    """Remove the lanes of a tenant and its places at all sites, and with them the memory of which work is done."""
     js = link.jetstream()
     for name in await consumers(js):
-        found = lane_of(name)
+        found = lane_of(name) or jobs_of(name)
         if found is not None and found.tenant == tenant:
             await _delete(js, name)
 
@@ -363,6 +482,24 @@ async def _remove_undivided(js: JetStreamContext, there: dict[str, ConsumerInfo]
     for lane in range(LANES):
         if f"work-{lane}" in there:
             await _delete(js, f"work-{lane}")
+
+
+class _Page(Struct, frozen=True):
+    total: int = 0
+    consumers: list[str] = []
+
+
+async def _names(link: Link) -> set[str]:
+    """Return the names of all consumers of the log, page by page, which costs less than to ask how each is."""
+    found: set[str] = set()
+    while True:
+        request = b'{"offset":%d}' % len(found)
+        answer = await link.nc.request(f"{link.api}.CONSUMER.NAMES.{STREAM}", request, timeout=ANSWER_S)
+        page = msgspec.json.decode(answer.data, type=_Page)
+        known = len(found)
+        found.update(page.consumers or ())
+        if len(found) >= page.total or len(found) == known:
+            return found
 
 
 async def _delete(js: JetStreamContext, consumer: str) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import msgspec
 
-from headrace.joblog import SiteRecord
 from headrace.wire import ForecastRow
+from infra.rights import agent_user
 from streams.blobs import FolderBlobs
 from streams.link import open_link
 from streams.log import Log, Record
-from streams.tables import Table
-from workers.agent import Agent, Tools
+from streams.tables import SiteTable, Table
+from workers.agent import Agent
+from workers.jobtools import Tools
 from workers.push import Push
 from workers.sites.base import SiteConfig
 from workers.sites.lazy import LazySite
@@ -24,7 +25,7 @@ from workers.staging import Stager
 
 
 class HaltingLog(Log):
-    """A log whose appends to one kind of subject never return."""
+    """A log whose appends to one kind of subject stand still."""
 
     before = ""
     after = ""
@@ -41,21 +42,22 @@ class HaltingLog(Log):
 
     async def _halt(self) -> None:
         self.reached.touch()
-        await asyncio.Event().wait()
+        while not self.reached.with_suffix(".on").exists():
+            await asyncio.sleep(0.05)
 
 
 async def main(told: dict[str, Any]) -> None:
     """Be an agent until killed."""
     password = Path(told["password_file"]).read_text().strip()
-    link = await open_link(told["url"], user=told["user"], password=password, name="agent")
+    site = msgspec.convert(told["site"], SiteConfig)
+    link = await open_link(told["url"], user=agent_user(site.name), password=password, name="agent", site=site.name)
     log = HaltingLog(link)
     log.before, log.after, log.reached = told["before"], told["after"], Path(told["reached"])
     await log.start()
-    sites: Table[SiteRecord] = Table(link, "sites", SiteRecord)
+    sites = SiteTable(link)
     forecasts: Table[ForecastRow] = Table(link, "forecasts", ForecastRow)
     await sites.open()
     await forecasts.open()
-    site = msgspec.convert(told["site"], SiteConfig)
     blobs = FolderBlobs(Path(told["blobs"]))
     tools = Tools(
         host="process",
@@ -67,6 +69,7 @@ async def main(told: dict[str, Any]) -> None:
         blobs=blobs,
         stager=Stager(blobs),
         push=Push(""),
+        ends_at=told["ends_at"],
     )
     await Agent(tools).run(asyncio.Event())
 

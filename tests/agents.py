@@ -18,17 +18,18 @@ from typing import TypeVar
 import msgspec
 
 from functions.jobs import payload_of
-from headrace.joblog import JOB, JobWork, SiteRecord
+from headrace.joblog import JOB, JobWork
 from headrace.jobs import JobEnd, JobSpec
 from headrace.wire import ForecastRow, Invocation, Outcome, Payload, Slot, decode, encode
+from infra import siteusers
 from infra.embedded import NatsServer
-from infra.rights import AGENT
 from streams.blobs import FolderBlobs
 from streams.log import Log, Record
 from streams.stored import Stored
-from streams.tables import Table
-from streams.topology import cancel_subject, done_subject, job_subject
-from workers.agent import Agent, Tools
+from streams.tables import SiteTable, Table
+from streams.topology import DEFAULT_TENANT, cancel_subject, done_subject, job_subject
+from workers.agent import Agent
+from workers.jobtools import Tools
 from workers.push import Push
 from workers.sites import open_site
 from workers.sites.base import BatchSystem, SiteConfig
@@ -44,31 +45,40 @@ _numbers = itertools.count(1)
 class Lab:
     """A log, a site, and whoever sends jobs to it."""
 
-    def __init__(self, log: Log, site: SiteConfig, folder: Path) -> None:
+    def __init__(self, log: Log, site: SiteConfig, folder: Path, ends_at: float | None = None) -> None:
         self.log = log
+        self.ends_at = ends_at
         self.site = site
         self.blobs = FolderBlobs(folder / "blobs")
 
     @asynccontextmanager
     async def agent(
-        self, host: str = "here", opened: Callable[[SiteConfig], BatchSystem] = open_site
+        self,
+        host: str = "here",
+        opened: Callable[[SiteConfig], BatchSystem] = open_site,
+        site: SiteConfig | None = None,
     ) -> AsyncIterator[Agent]:
-        """Lend an agent of this process, at work; it is stopped as by SIGTERM. ``opened`` makes its batch system."""
-        sites: Table[SiteRecord] = Table(self.log.link, "sites", SiteRecord)
+        """Lend an agent of this process, at work; it is stopped as by SIGTERM.
+
+        ``opened`` makes its batch system; ``site`` is another one than that of the lab.
+        """
+        site = site or self.site
+        sites = SiteTable(self.log.link)
         forecasts: Table[ForecastRow] = Table(self.log.link, "forecasts", ForecastRow)
         await sites.open()
         await forecasts.open()
         agent = Agent(
             Tools(
                 host=host,
-                site=self.site,
-                system=LazySite(self.site, opened),
+                site=site,
+                system=LazySite(site, opened),
                 log=self.log,
                 forecasts=forecasts,
                 sites=sites,
                 blobs=self.blobs,
                 stager=Stager(self.blobs),
                 push=Push(""),
+                ends_at=self.ends_at,
             )
         )
         stop, ready = asyncio.Event(), asyncio.Event()
@@ -94,6 +104,7 @@ class Lab:
         slot: Slot | None = None,
         deadline: float | None = None,
         on_late: str = "continue",
+        tenant: str = "default",
     ) -> Invocation:
         """Return a job that was asked for a moment ago; each has another id, for a cluster remembers them all."""
         body = msgspec.json.encode(spec)
@@ -112,7 +123,7 @@ class Lab:
             function=JOB,
             version="",
             route="route",
-            tenant="default",
+            tenant=tenant,
             payload=payload_of(work),
             accepted_at=now,
             sent_at=now,
@@ -177,7 +188,10 @@ async def until(holds: Callable[[], bool], seconds: float = WAIT_S) -> None:
 
 
 class AgentProcess:
-    """An agent in a process of its own. It stands still before, or after, it appends to a subject, if it is told to."""
+    """An agent in a process of its own.
+
+    It stands still before, or after, it appends to a subject, if it is told to, and until ``go_on``.
+    """
 
     def __init__(self, lab: Lab, server: NatsServer, folder: Path, *, before: str = "", after: str = "") -> None:
         """Start it.
@@ -190,12 +204,14 @@ class AgentProcess:
             after: stand still where such a record has been appended.
         """
         self._reached = folder / f"reached-{next(_numbers)}"
+        password_file = siteusers.kept(server.data, lab.site.name, moves=lab.ends_at is not None)
+        self._served = asyncio.ensure_future(server.serve_sites(siteusers.known(server.data), {DEFAULT_TENANT}))
         told = {
             "url": server.url,
-            "user": AGENT,
-            "password_file": str(server.password_file(AGENT)),
+            "password_file": str(password_file),
             "site": msgspec.to_builtins(lab.site),
             "blobs": str(lab.blobs.root),
+            "ends_at": lab.ends_at,
             "before": before,
             "after": after,
             "reached": str(self._reached),
@@ -210,6 +226,15 @@ class AgentProcess:
         """Return once it stands still where it was told to."""
         await until(lambda: self._reached.exists() or self.process.poll() is not None)
         assert self.process.poll() is None
+
+    def pause(self) -> None:
+        """Let nothing of it run any more, until ``go_on``."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on with what it stands still before, and stand still no more."""
+        self._reached.with_suffix(".on").touch()
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import pytest
+from redis.asyncio import Redis
 
 from headrace import cli
 from infra.embedded import NatsServer, RedisServer
@@ -18,16 +21,44 @@ from infra.programs import NoServer
 from infra.rgw import INSTALL, Rgw, is_installed
 from infra.rights import ADMIN
 from infra.slurm.cluster import Cluster
+from infra.slurm.layout import Shape
 from streams import topology
 from streams.link import Link, open_link
 from streams.log import Log
 from tests.commands import Ran, Run
+from tests.doors import Door, Doors
 from tests.platforms import UpProcess
+from tests.pools import Runs, pool_of
 
 # What cannot be installed: a right that this user has or has not. Only a skip that says so is let pass under CI.
 NOT_PERMITTED = "not permitted here"
 CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 TEST_S_MAX = 180.0
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that needs the machine for itself wait until the other workers of pytest-xdist pause."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    folder: Path = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined] # that of all workers
+    alone = item.get_closest_marker("alone") is not None
+    # Whoever wants to be alone keeps the door shut meanwhile, or the others would go on one after the other.
+    with held(folder / "door", alone=True) as door, held(folder / "room", alone=alone):
+        if not alone:
+            fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
+
+
+@contextmanager
+def held(file: Path, *, alone: bool) -> Iterator[int]:
+    """Hold a lock between processes, for oneself or together with others."""
+    opened = os.open(file, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield opened
+    finally:
+        os.close(opened)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -114,6 +145,29 @@ async def log(link: Link) -> AsyncIterator[Log]:
     await opened.close()
 
 
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    """A client of an empty redis-server."""
+    client = Redis.from_url(redis_server.url, password=redis_server.password)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
+    """Opens gateways with limits of the test's own."""
+    async with Doors(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+async def door(doors: Doors) -> Door:
+    """A gateway on which the route ``r`` leads to the function ``f``."""
+    opened = await doors.open()
+    await opened.deploy()
+    return opened
+
+
 @pytest.fixture(scope="session")
 def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rgw]:
     """A real S3 server for all tests that make a bucket, or a prefix, of their own; it takes 15 s to start."""
@@ -121,6 +175,13 @@ def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rgw]:
         pytest.skip(f"Ceph's RADOS Gateway is not installed: {INSTALL}")
     with Rgw(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+async def runs(tmp_path: Path) -> AsyncIterator[Runs]:
+    """Two children of a pool that run texts as functions, without a platform."""
+    async with pool_of(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture
@@ -180,3 +241,12 @@ def slurm(slurm_cluster: Cluster) -> Iterator[Cluster]:
     slurm_cluster.mend()
     yield slurm_cluster
     slurm_cluster.mend()
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory: pytest.TempPathFactory, slurm_cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster that forgets ended jobs at once."""
+    cluster = Cluster(tmp_path_factory.mktemp("forgetful"), Shape(nodes=1, gpus=0, finished_kept_s=2))
+    cluster.start(tied=True)
+    yield cluster
+    cluster.stop()

@@ -60,6 +60,7 @@ class MemoryLog:
         self.last_seq = 0
         self.away = False
         self.appends = 0
+        self.hints: list[str] = []  # the subjects of what would leave the log soon
         self._listening: list[tuple[tuple[str, ...], Callable[[str, bytes], bool] | None, Heard]] = []
         self._news = asyncio.Event()
 
@@ -74,6 +75,7 @@ class MemoryLog:
             if record.absent is not None and any(matches(record.absent, s.subject) for s in self.stored):
                 raise AlreadyThere("this was recorded before")
         self.appends += 1
+        self.hints += [record.subject for record in unit if record.hint]
         return [self.put(record.subject, record.body) for record in unit]
 
     def put(self, subject: str, body: bytes) -> int:
@@ -177,6 +179,12 @@ class MemoryTable(Generic[T]):
     async def put(self, name: str, row: T) -> None:
         self.rows[name] = row
         self._tell()
+
+    async def create(self, name: str, row: T) -> bool:
+        if name in self.rows:
+            return False
+        await self.put(name, row)
+        return True
 
     async def delete(self, name: str) -> bool:
         found = self.rows.pop(name, None) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,13 +32,15 @@ class Faulty:
     asked: list[tuple[str, str]] = field(default_factory=list)
     sent: int = 0
     url: str = ""
+    port: int = 0
 
     def tag(self) -> str:
         return self.etag or f'"{md5(self.body).hexdigest()}"'
 
 
 @contextmanager
-def serving(faulty: Faulty) -> Iterator[Faulty]:
+def serving(faulty: Faulty, tls: ssl.SSLContext | None = None) -> Iterator[Faulty]:
+    """Run it in a thread of its own; ``tls`` is what it shows of itself."""
     turn = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -109,9 +112,13 @@ def serving(faulty: Faulty) -> Iterator[Faulty]:
 
     server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if tls is not None:
+        # Each connection shakes hands in a thread of its own: one that does not must not keep the others waiting.
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    faulty.url = f"http://127.0.0.1:{server.server_address[1]}/data"
+    faulty.port = server.server_address[1]
+    faulty.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{faulty.port}/data"
     try:
         yield faulty
     finally:

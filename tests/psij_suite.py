@@ -1,4 +1,4 @@
-"""``python -P -m tests.psij_suite``: PSI/J's own tests of executors, on ours, with a real Slurm.
+"""``python -P -m tests.psij_suite``: PSI/J's own tests of executors, on ours: a real Slurm, PBS's commands, fakes.
 
 The tests come from PSI/J's source package, as the index has it; what they import beside PSI/J, and which is not in that
 package, stands in here: which executors there are to test, and how one of them is made.
@@ -11,20 +11,36 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import psij
 import pytest
-from psij.executors.batch.slurm import SlurmExecutorConfig
+from psij.executors.batch.batch_scheduler_executor import BatchSchedulerExecutorConfig
 
 from infra.slurm.cluster import Cluster
+from tests.fake_queue import Fake
+from workers.sites.flux import FluxCommandExecutor
 from workers.sites.local import MendedLocalExecutor
+from workers.sites.lsf import MendedLSFExecutor
+from workers.sites.pbs import MendedClassicExecutor, MendedPBSExecutor
 from workers.sites.slurm import MendedSlurmExecutor
 
 VERSION = "psij-python==0.9.11"
 FILES = ("test_executor.py", "test_callbacks.py", "test_job_spec.py", "test_resources.py", "test_issue_435.py")
-PAIRS = ("local:single", "local:multiple", "slurm:single", "slurm:multiple", "slurm:srun")
+EXECUTORS: dict[str, Callable[..., psij.JobExecutor]] = {
+    "slurm": MendedSlurmExecutor,
+    "pbs": MendedPBSExecutor,
+    "pbs_classic": MendedClassicExecutor,
+    "lsf": MendedLSFExecutor,
+    "flux": FluxCommandExecutor,
+}
+PAIRS = (
+    *(f"{name}:{launcher}" for name in ("local", *EXECUTORS) for launcher in ("single", "multiple")),
+    "slurm:srun",
+    "flux:flux",
+)
 # It counts the names of machines, and all nodes of a cluster on loopback are one machine.
 LEFT_OUT = "not (test_nodes and srun)"
 POLL_S = 0.2
@@ -56,9 +72,9 @@ def _get_executor_instance(params: ExecutorTestParams, job: psij.Job | None = No
         job.spec.launcher = params.launcher
     if params.executor == "local":
         return MendedLocalExecutor()
-    config = SlurmExecutorConfig()
+    config = BatchSchedulerExecutorConfig()
     config.queue_polling_interval = config.initial_queue_polling_delay = POLL_S  # type: ignore[assignment]
-    return MendedSlurmExecutor(config=config)
+    return EXECUTORS[params.executor](config=config)
 
 
 def assert_completed(job: psij.Job, status: psij.JobStatus | None, attached: bool = False) -> None:
@@ -108,7 +124,9 @@ def main() -> int:
                 "-k",
                 LEFT_OUT,
             ]
+            fakes = [Fake(Path(folder) / kind).install(kind)["PATH"].partition(":")[0] for kind in ("lsf", "flux")]
             env = {**os.environ, **cluster.env, SUITE: "1", "HOME": folder, "PYTHONPATH": str(Path.cwd())}
+            env["PATH"] = ":".join([*fakes, env["PATH"]])
             ran = subprocess.run([*command, "--rootdir", str(tests), *files, *sys.argv[1:]], env=env, check=False)
         finally:
             cluster.stop()

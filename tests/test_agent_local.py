@@ -5,22 +5,28 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
-from headrace.joblog import JOB, SiteRecord, Submitted
+from functions.moves import agent_of, lease
+from headrace.joblog import JOB, Held, SiteRecord, Submitted
 from headrace.jobs import JobSpec
 from headrace.names import invocation_id
 from headrace.wire import Attempt, Invocation, Slot, Started, decode
 from infra.embedded import NatsServer
 from streams.log import Log
+from streams.record import apply_invocation
 from streams.topology import (
     attempt_subject,
     done_subject,
     end_subject,
+    held_subject,
     job_subject,
+    lease_subject,
     start_subject,
     submit_subject,
     tally_subject,
@@ -28,8 +34,10 @@ from streams.topology import (
 )
 from tests.agents import AgentProcess, Lab, there, until
 from tests.sites import shell, timed
-from workers.sites.base import SiteConfig, Submission
+from workers.jobpast import unfinished
+from workers.sites.base import Known, SiteConfig, Submission, SubmitBusy, SubmitUnsure
 from workers.sites.local import Local
+from workers.sites.records import Records
 
 
 @pytest.fixture
@@ -168,6 +176,24 @@ async def test_an_output_that_leads_out_of_the_folder_is_refused(lab: Lab) -> No
         await lab.send(job)
         end = await lab.end(job)
     assert (end.state, end.reason, end.outputs) == ("failed", "stage_out", {})
+    assert "'out.txt' is a link. " in end.detail
+
+
+async def test_outputs_that_can_be_kept_are_kept_although_another_one_cannot(lab: Lab) -> None:
+    spec = JobSpec(
+        executable="/bin/sh",
+        arguments=["-c", "mkdir frames; mkfifo pipe; echo good >energy.json"],
+        outputs=["frames", "energy.json", "pipe", "nothing"],
+    )
+    job = lab.job(spec, on_failure="mend")
+    async with lab.agent():
+        await lab.send(job)
+        end = await lab.end(job)
+    assert (end.state, end.reason, end.exit_code, end.missing) == ("failed", "stage_out", 0, ["nothing"])
+    assert await lab.blobs.get(end.outputs.pop("energy.json").removeprefix("blob:")) == b"good\n"
+    assert end.outputs == {}
+    assert "'frames' is a folder. " in end.detail
+    assert "'pipe' is a pipe" in end.detail
 
 
 # ---------------------------------------------------------------- what cannot run
@@ -230,11 +256,13 @@ async def test_a_canceled_run_leaves_no_job_behind(lab: Lab) -> None:
         await until(lambda: bool(processes_of(job)))
         await lab.cancel(job.run_id)
         await until(lambda: not processes_of(job))
-    assert await lab.log.last(done_subject(job.run_id, job.invocation_id)) is None
+        outcome = await lab.outcome(job)
+    assert (outcome.state, outcome.end, outcome.slot) == ("canceled", None, None)
+    assert await follow_ups(lab, job) == []
 
 
 async def test_a_run_that_is_canceled_while_the_agent_is_away_leaves_none_either(lab: Lab) -> None:
-    job = lab.job(shell("sleep 300"))
+    job = lab.job(shell("sleep 300"), then="collect", on_failure="mend")
     async with lab.agent():
         await lab.send(job)
         await until(lambda: bool(processes_of(job)))
@@ -242,6 +270,94 @@ async def test_a_run_that_is_canceled_while_the_agent_is_away_leaves_none_either
     await lab.cancel(job.run_id)
     async with lab.agent():
         await until(lambda: not processes_of(job))
+        assert (await lab.outcome(job)).state == "canceled"  # so nobody comes back to it
+    assert await follow_ups(lab, job) == []
+    assert (await unfinished(lab.log, "here")).jobs == []
+
+
+async def test_a_job_that_is_at_another_site_by_its_lease_is_let_go_of(lab: Lab) -> None:
+    job, other = lab.job(shell("true")), lab.job(shell("true"))
+    await lab.send(job)
+    await lab.log.append([lease(job, agent_of("elsewhere"), 1, time.time(), 0)])
+    async with lab.agent() as agent:
+        await lab.send(other)
+        await lab.end(other)
+        await until(lambda: not agent._hand.left())
+    assert await lab.all(submit_subject(job.run_id, "*", "*", "*")) == []
+    assert await lab.count(lease_subject(job.run_id, job.invocation_id)) == 1
+
+
+class Doubtful(Local):
+    """A machine that does not say whether it took a job, which comes up only after it was looked for once more."""
+
+    looks = 0
+    ended: list[str]
+
+    async def submit(self, job: Submission) -> str:
+        records = Records(job.folder)
+        records.make()
+        records.note_attempt()
+        raise SubmitUnsure("it may have been submitted")
+
+    async def find(self, job_id: str, folder: Path, place: int | None = None) -> str | None:
+        self.looks += 1
+        return "7" if self.looks > 1 else None
+
+    async def cancel(self, jobs: Sequence[Known]) -> None:
+        self.ended = [job.native_id for job in jobs]
+
+
+async def test_a_canceled_job_that_may_come_up_yet_is_looked_for_until_it_cannot(lab: Lab) -> None:
+    lab.site = msgspec.structs.replace(lab.site, settle_s=3.0)
+    machine, job = Doubtful(lab.site), lab.job(shell("true"))
+    machine.ended = []
+    async with lab.agent(opened=lambda _: machine) as agent:
+        await lab.send(job)
+        await until(lambda: bool(agent._hand.tries))
+        await lab.cancel(job.run_id)
+        await until(lambda: machine.ended == ["7"], 20.0)
+
+
+async def test_a_directory_that_cannot_be_made_is_told_as_such(lab: Lab) -> None:
+    job = lab.job(JobSpec(executable="/bin/true", directory="/proc/nope"), on_failure="mend")
+    async with lab.agent():
+        await lab.send(job)
+        end = await lab.end(job)
+    assert (end.state, end.reason) == ("failed", "rejected")
+    assert "the directory in which it is to run cannot be made: /proc/nope" in end.detail
+
+
+class Full(Local):
+    """A machine that takes no jobs at the first tries."""
+
+    tries = 0
+
+    async def submit(self, job: Submission) -> str:
+        self.tries += 1
+        if self.tries <= 3:
+            raise SubmitBusy("all is taken")
+        return await super().submit(job)
+
+
+async def test_why_a_job_waits_is_told_once_it_was_tried_twice(lab: Lab) -> None:
+    job = lab.job(shell("true"))
+    async with lab.agent(opened=Full):
+        await lab.send(job)
+        await lab.end(job)
+    (told,) = await lab.all(held_subject(job.run_id, job.invocation_id, "here"))
+    assert decode(told.body, Held).why == "all is taken"
+    assert await lab.count(held_subject(job.run_id, job.invocation_id, "here")) == 1
+    (waits,) = await lab.all(job_subject("*", "*", job.run_id, "*"))
+    shown = apply_invocation(apply_invocation(None, job, waits), decode(told.body, Held), told)
+    assert shown is not None
+    assert shown.job is not None
+    assert (shown.job.state, shown.job.why) == ("new", "all is taken")
+    (stored,) = await lab.all(submit_subject(job.run_id, job.invocation_id, "*", "*"))
+    shown = apply_invocation(shown, decode(stored.body, Submitted), stored)
+    assert apply_invocation(shown, decode(told.body, Held), told) == shown  # late, it tells nothing
+    assert shown is not None
+    assert shown.job is not None
+    assert (shown.job.state, shown.job.why) == ("queued", "")
 
 
 async def test_a_job_of_a_canceled_run_is_not_submitted(lab: Lab) -> None:
@@ -376,3 +492,14 @@ async def test_the_site_has_its_row_before_it_is_ready(lab: Lab) -> None:
         row = await lab.log.link.jetstream().key_value("sites")
         found = decode((await row.get("here")).value or b"", SiteRecord)
     assert (found.name, found.kind, found.status, found.nodes_total) == ("here", "local", "up", 1)
+
+
+async def test_a_work_folder_that_is_away_for_a_while_costs_no_job(lab: Lab, tmp_path: Path) -> None:
+    jobs = [lab.job(shell("exit 0"), then="collect") for _ in range(3)]
+    async with lab.agent() as agent:
+        (tmp_path / "work" / "jobs").rename(tmp_path / "away")  # a disk that is not mounted now
+        await lab.send(*jobs)
+        await until(lambda: len(agent._hand.tries) == len(jobs))
+        assert not (tmp_path / "work" / "jobs").exists()  # and nothing is made beside it
+        (tmp_path / "away").rename(tmp_path / "work" / "jobs")
+        assert [(await lab.end(job)).state for job in jobs] == ["completed"] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from infra.slurm.sbatch import Fault
 from streams.log import Log
 from streams.topology import done_subject, start_subject, submit_subject, work_subject
 from tests.agents import AgentProcess, Lab, there, until
-from tests.sites import shell
+from tests.sites import shell, timed, with_option
 from workers.sites.base import SiteConfig
 
 SETTLE_S = 2.5  # longer than the wrapper's late submission takes
@@ -145,6 +146,31 @@ async def test_a_controller_that_is_away_ends_nothing(lab: Lab, slurm: Cluster) 
         for job in (runs, later):
             assert (await lab.end(job)).state == "completed"
             assert once(slurm, job)
+
+
+async def test_what_follows_a_job_is_told_why_it_failed(lab: Lab, slurm: Cluster) -> None:
+    greedy = "import time; held = bytearray(200 << 20); time.sleep(300)"
+    failing = {
+        "exit_code": shell("exit 3"),
+        "signal": shell("kill -9 $$"),
+        "out_of_memory": JobSpec(
+            executable=sys.executable, arguments=["-c", greedy], resources=Resources(memory=50 << 20)
+        ),
+        "node_failure": with_option(shell("sleep 300"), nodelist="n3"),
+        "walltime": with_option(timed(shell("sleep 300"), "1s"), nodelist="n1"),
+    }
+    jobs = {why: lab.job(spec, run=why.replace("_", "-"), on_failure="mend") for why, spec in failing.items()}
+    async with lab.agent():
+        await lab.send(*jobs.values())
+        (long,) = await native_ids(lab, [jobs["walltime"]])
+        for why in ("node_failure", "walltime"):
+            await there(partial(lab.log.last, start_subject(jobs[why].run_id, jobs[why].invocation_id, 1)))
+        slurm.down("n3")
+        slurm.end_soon([long])
+        ends = {why: await lab.end(job) for why, job in jobs.items()}
+    assert {why: (end.state, end.reason) for why, end in ends.items()} == {why: ("failed", why) for why in jobs}
+    for job in jobs.values():
+        assert await lab.count(work_subject("*", "*", job.run_id, "*")) == 1
 
 
 async def test_a_job_whose_node_died_is_run_again_if_it_says_so(lab: Lab, slurm: Cluster) -> None:

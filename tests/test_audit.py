@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,19 +15,20 @@ from functions.admission import Admitted
 from headrace.model import Audit
 from headrace.wire import NOTHING, Call, Cancel, Invocation, Map, Outcome, Payload, decode, encode
 from infra import doctor
-from infra.embedded import NatsServer, RedisServer
+from infra.embedded import NatsServer
 from infra.rights import LEDGER
 from infra.settings import Settings
 from streams import audit
 from streams.audit import Place, RunFacts, confirmed, examine
 from streams.auditor import Auditor
-from streams.ledger import OPEN, POSITION, Writer
+from streams.ledger import OPEN, Writer
 from streams.link import open_link
 from streams.log import Log, Record
 from streams.reader import Reader
 from streams.topology import DEFAULT_TENANT, LANES, STREAM, LaneOf, cancel_subject, lane_consumer
 from tests.doors import TOKEN, Doors
 from tests.stories import children, failure, stored, success, trigger
+from tests.writers import at_work, caught_up
 
 FLOORS: dict[Place, int] = {LaneOf(lane, DEFAULT_TENANT): 0 for lane in range(LANES)}
 SECOND, THIRD, FOURTH = (LaneOf(lane, DEFAULT_TENANT) for lane in (2, 3, 4))
@@ -89,31 +89,15 @@ def test_an_end_is_read_from_outcomes_ends_and_cancels() -> None:
 
 
 @pytest.fixture
-async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_server.url, password=redis_server.password)
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
 async def auditor(log: Log, redis: Redis, nats_server: NatsServer) -> AsyncIterator[Auditor]:
     """An auditor with the rights of the ledger, beside a writer that follows the log."""
-    writing = asyncio.create_task(Writer(log, redis).run())
     link = await open_link(nats_server.url, user=LEDGER, password=nats_server.password(LEDGER), name="ledger")
     own = Log(link)
     await own.start()
-    yield Auditor(own, redis, grace_s=0.0)
+    async with at_work(Writer(log, redis)):
+        yield Auditor(own, redis, grace_s=0.0)
     await own.close()
     await link.close()
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
-
-
-async def caught_up(log: Log, redis: Redis) -> None:
-    end = await log.end_seq()
-    async with asyncio.timeout(20):
-        while int(await redis.get(POSITION) or 0) < end:
-            await asyncio.sleep(0.01)
 
 
 async def deliver(log: Log, lane: int, number: int) -> list[Msg]:

@@ -23,6 +23,7 @@ from headrace.wire import Payload
 from infra.rgw import Rgw
 from streams.blobs import Blobs, FolderBlobs, check_in, check_out
 from tests.doors import Door, Doors
+from tests.tunnels import closing, join
 from workers.cache import Cache
 from workers.guard import Guard
 from workers.staging import Stager
@@ -240,6 +241,47 @@ async def test_an_address_expires(s3: Place) -> None:
     while (status := await put(url, SMALL)) == 200 and time.monotonic() < give_up_at:
         await asyncio.sleep(0.3)
     assert status == 403
+
+
+async def test_the_addresses_of_a_large_upload_are_good_for_longer(s3: Place, tmp_path: Path) -> None:
+    async with Doors(tmp_path / "door") as doors:
+        door = await doors.open(direct=s3.direct)
+        small = await begin(door, SMALL)
+        status, large, _ = await door.ask("POST", "/v1/uploads", json={"size": 7200 * MIB})
+    assert status == 201
+    assert large["expires_in_s"] - small["expires_in_s"] == pytest.approx(7200, abs=1)
+    lasts = [int(re.findall("X-Amz-Expires=([0-9]+)", u["parts"][-1]["url"])[0]) for u in (small, large)]
+    assert lasts[1] - lasts[0] == pytest.approx(7200, abs=1)
+
+
+async def test_a_byte_that_flips_on_the_way_up_is_sent_again(s3: Place, rgw: Rgw, tmp_path: Path) -> None:
+    from streams.s3 import S3Blobs
+
+    flips = [1, 1]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reading, writing = await asyncio.open_connection("127.0.0.1", int(rgw.url.rpartition(":")[2]))
+        passed = 0
+
+        def damage(chunk: bytes) -> bytes:
+            nonlocal passed
+            passed += len(chunk)
+            if flips and passed > MIB:  # in the midst of a body
+                flips.pop()
+                chunk = bytes([chunk[0] ^ 1]) + chunk[1:]
+            return chunk
+
+        async with closing(writer), closing(writing):
+            await join((reader, writing), (reading, writer), change=damage)
+
+    file = tmp_path / "file"
+    file.write_bytes(LARGE)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        bucket = open_bucket(rgw, endpoint_url=f"http://{host}:{port}")
+        assert await S3Blobs(bucket, tmp_path / "other").put_file(file) == SHA256
+        assert flips == []
+        assert await asyncio.to_thread(bucket.read, f"{SHA256[:2]}/{SHA256}") == LARGE
 
 
 async def test_unfinished_uploads_are_swept(s3: Place, tmp_path: Path) -> None:

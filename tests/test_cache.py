@@ -13,7 +13,8 @@ import pytest
 
 from headrace.errors import BadRequest, Unavailable
 from workers.cache import Cache, Known
-from workers.transfer import Stopped, journal_of
+from workers.egress import Stopped
+from workers.transfer import journal_of
 
 
 def cache_of(folder: Path, bytes_max: int = 100, boot: str = "b1") -> Cache:
@@ -110,6 +111,36 @@ def test_what_is_on_its_way_counts_and_gives_way_when_nobody_works_at_it(tmp_pat
     fill(cache, b"b" * 40)
     assert not path.exists()
     assert not journal_of(path).exists()
+
+
+def test_many_small_files_are_not_all_looked_at_for_each_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    look = Cache._files
+
+    def looking(cache: Cache, but: Path) -> list[tuple[Path, os.stat_result]]:
+        looked.append(but)
+        return look(cache, but)
+
+    monkeypatch.setattr(Cache, "_files", looking)
+    for number in range(50):
+        fill(cache_of(tmp_path, bytes_max=4 * 51), b"%04d" % number)  # in many processes, as it were
+    assert len(looked) == 1
+    for number in range(50, 60):
+        fill(cache_of(tmp_path, bytes_max=4 * 51), b"%04d" % number)
+    assert 1 < len(looked) < 11  # a little more than is needed leaves at once
+    assert sum(path.stat().st_size for path in cache_of(tmp_path)._ours.iterdir()) <= 4 * 51
+
+
+@pytest.mark.parametrize("lost", [b"", b"{", b'{"bytes":1}'])
+def test_a_count_that_was_lost_is_made_anew(tmp_path: Path, lost: bytes) -> None:
+    cache = cache_of(tmp_path)
+    one = fill(cache, b"a" * 60, used_at=1000.0)
+    (tmp_path / "cache" / "lock").write_bytes(lost)
+    two = fill(cache, b"b" * 60)
+    assert not holds(cache, one)
+    assert holds(cache, two)
 
 
 def test_what_is_larger_than_the_cache_is_refused(tmp_path: Path) -> None:

@@ -437,6 +437,15 @@ def test_no_text_from_outside_reaches_the_terminal_as_anything_but_text() -> Non
     assert not ESCAPES.search(render.as_json(view))
 
 
+def test_a_job_has_a_line_where_its_state_is_told_and_none_where_it_was_only_heard() -> None:
+    data = {"job_id": "abc", "site": "lab", "heard_at": "2026-11-21T03:14:15Z"}
+    heard = StreamEvent(seq=1, kind="job", data=data)
+    active = StreamEvent(seq=2, kind="job", data={**data, "state": "active"})
+    assert not render.worth_a_line(heard)
+    assert render.worth_a_line(active)
+    assert render.event_line(active, with_run=False).plain == "job        active abc at lab"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,20 +15,7 @@ from headrace.names import invocation_id
 from headrace.wire import FunctionRecord, Invocation, Map, Payload, decode
 from streams.log import Record
 from streams.topology import work_subject
-from tests.doors import CODE, Door, Doors
-
-
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-async def door(doors: Doors) -> Door:
-    opened = await doors.open()
-    await opened.deploy()
-    return opened
+from tests.doors import CODE, Door
 
 
 def put(door: Door, unit: list[Record]) -> None:

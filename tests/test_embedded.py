@@ -152,7 +152,7 @@ async def test_the_agent_of_a_site_can_do_its_work_and_reads_no_other_table(
 ) -> None:
     opened, said = await _role(nats_server, AGENT)
     async with asyncio.timeout(20):  # what is not allowed is never answered
-        await topology.ensure_site(opened, "lab")
+        assert await topology.ensure_jobs(opened, "lab") == {topology.DEFAULT_TENANT}
         table = Table(opened, "sites", SiteRecord)
         await table.open()
         await table.put("lab", SiteRecord(name="lab", kind="local", at=1.0, since=1.0))

@@ -1,10 +1,10 @@
-"""Which jobs are submitted together, in what order, and which again."""
+"""Which jobs are submitted together, and which again."""
 
 from __future__ import annotations
 
 from msgspec import Struct
 
-from functions.ensembles import DELAY_FIRST_S, DELAY_S_MAX, again, alike, delay_s, in_order
+from functions.ensembles import DELAY_FIRST_S, DELAY_S_MAX, again, alike, delay_s, together
 from headrace.jobs import JobSpec, Resources
 from headrace.wire import Invocation, Payload, Slot
 
@@ -39,19 +39,11 @@ def seqs(groups: list[list[Held]]) -> list[list[int]]:
     return [[one.seq for one in group] for group in groups]
 
 
-def test_what_is_due_first_goes_first_then_what_came_first() -> None:
-    waiting = [held(1), held(2, deadline=50.0), held(3, deadline=90.0, due=40.0), held(4), held(5, deadline=50.0)]
-    assert seqs(in_order(waiting, 10, 10)) == [[3], [2], [5], [1], [4]]
-    assert seqs(in_order(waiting, 2, 10)) == [[3], [2]]
-    assert in_order(waiting, 0, 10) == []
-    assert in_order(waiting, -3, 10) == []
-
-
 def test_members_of_one_ensemble_go_together_up_to_a_limit() -> None:
-    waiting = [held(1, scope="a"), held(2, scope="b"), held(3), held(4, scope="a"), held(5, scope="a"), held(6)]
-    assert seqs(in_order(waiting, 10, 10)) == [[1, 4, 5], [2], [3], [6]]
-    assert seqs(in_order(waiting, 10, 2)) == [[1, 4], [2], [3], [5], [6]]
-    assert seqs(in_order([held(1, scope="a"), held(2, scope="a", run="other")], 10, 10)) == [[1], [2]]
+    jobs = [held(1, scope="a"), held(2, scope="b"), held(3), held(4, scope="a"), held(5, scope="a"), held(6)]
+    assert seqs(together(jobs, 10)) == [[1, 4, 5], [2], [3], [6]]
+    assert seqs(together(jobs, 2)) == [[1, 4], [2], [3], [5], [6]]
+    assert seqs(together([held(1, scope="a"), held(2, scope="a", run="other")], 10)) == [[1], [2]]
 
 
 def test_jobs_that_differ_in_arguments_environment_and_files_are_alike() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 
 import msgspec
@@ -101,6 +102,27 @@ def test_yesterdays_storm_fades_after_a_few_durations_of_today() -> None:
         history.learn(1.0, 86_400.0 + place)
     assert known(history).p50_s == 1.0
     assert known(history).p90_s < 10.0
+
+
+def test_half_of_what_ends_once_a_day_takes_no_longer_than_p50() -> None:
+    rng = random.Random(6)
+    history, held = learned([1.0] * FEW), 0
+    for day in range(1, 501):
+        seconds = rng.lognormvariate(0.0, 1.0)
+        held += seconds <= known(history).p50_s
+        history.learn(seconds, day * 86_400.0)
+    assert 0.44 <= held / 500 <= 0.56
+
+
+def test_work_that_is_stopped_keeps_a_slot_no_longer_than_that_on_average() -> None:
+    rng = random.Random(5)
+    drawn = [rng.lognormvariate(0.0, 1.0) for _ in range(50_000)]
+    p90_s = math.exp(1.2816)
+    for limit_s in (0.2, 1.0, 5.0):
+        mean = sum(min(one, limit_s) for one in drawn) / len(drawn)
+        assert mean_s(1.0, p90_s, limit_s) == pytest.approx(mean, rel=0.02)
+    assert mean_s(1.0, p90_s, 1e9) == pytest.approx(mean_s(1.0, p90_s))
+    assert (mean_s(2.0, 2.0, 1.5), mean_s(2.0, 3.0, -1.0)) == (1.5, 0.0)
 
 
 def test_a_single_duration_already_gives_a_forecast_with_room() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,36 +15,26 @@ from functions.lessons import Lessons
 from functions.outlook import Outlook
 from headrace.errors import Unavailable
 from headrace.wire import NOTHING, Call, Map
-from infra.embedded import NatsServer, RedisServer
+from infra.embedded import NatsServer
 from infra.rights import LEDGER, WORKER
 from streams.follow import follow
 from streams.forecasts import Forecasts
-from streams.ledger import FACTS, FORECASTS, POSITION, WHOLE, Writer
+from streams.ledger import FACTS, FORECASTS, Writer
 from streams.link import Link, open_link
 from streams.log import Log
 from streams.stored import Stored
 from streams.tables import Tables, open_tables
+from tests.processes import until
 from tests.stories import children, failure, success, teach, trigger
-
-
-@pytest.fixture
-async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_server.url, password=redis_server.password)
-    yield client
-    await client.aclose()
+from tests.writers import at_work, caught_up
 
 
 @asynccontextmanager
-async def at_work(log: Log, redis: Redis) -> AsyncIterator[tuple[Writer, Lessons]]:
+async def learning(log: Log, redis: Redis) -> AsyncIterator[tuple[Writer, Lessons]]:
     """A ledger that learns."""
     lessons = Lessons()
-    writer = Writer(log, redis, lessons)
-    writing = asyncio.create_task(writer.run())
-    try:
+    async with at_work(Writer(log, redis, lessons)) as writer:
         yield writer, lessons
-    finally:
-        writing.cancel()
-        await asyncio.gather(writing, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -68,19 +58,6 @@ async def tables_of(server: NatsServer, role: str) -> AsyncIterator[Tables]:
     finally:
         await tables.close()
         await link.close()
-
-
-async def until(said: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not said():
-            await asyncio.sleep(0.01)
-
-
-async def caught_up(log: Log, redis: Redis) -> None:
-    end = await log.end_seq()
-    async with asyncio.timeout(20):
-        while int(await redis.get(POSITION) or 0) < end or not await redis.exists(WHOLE):
-            await asyncio.sleep(0.01)
 
 
 async def live(log: Log, number: int, *, prefix: str = "e", took_s: float = 2.0) -> None:
@@ -118,7 +95,7 @@ async def facts(log: Log) -> list[Stored]:
 
 
 async def test_what_is_kept_is_what_the_log_teaches(log: Log, redis: Redis) -> None:
-    async with at_work(log, redis):
+    async with learning(log, redis):
         await live(log, 40)
         await caught_up(log, redis)
     lessons = Lessons()
@@ -130,7 +107,7 @@ async def test_what_is_kept_is_what_the_log_teaches(log: Log, redis: Redis) -> N
 
 
 async def test_after_a_wipe_every_history_is_as_it_was(log: Log, redis: Redis) -> None:
-    async with at_work(log, redis):
+    async with learning(log, redis):
         await live(log, 40)
         await caught_up(log, redis)
         before = await kept(redis)
@@ -143,12 +120,12 @@ async def test_after_a_wipe_every_history_is_as_it_was(log: Log, redis: Redis) -
 
 async def test_a_ledger_that_is_started_again_goes_on_where_the_other_ended(log: Log, redis: Redis) -> None:
     for n in range(4):
-        async with at_work(log, redis):
+        async with learning(log, redis):
             await live(log, 12, prefix=f"{n}-")
             await caught_up(log, redis)
     one_by_one = await kept(redis)
     await redis.flushall()
-    async with at_work(log, redis):
+    async with learning(log, redis):
         await caught_up(log, redis)
     assert await kept(redis) == one_by_one
 
@@ -170,7 +147,7 @@ async def test_every_process_hears_what_is_expected(nats_server: NatsServer, log
     async with tables_of(nats_server, LEDGER) as ledgers, tables_of(nats_server, WORKER) as workers:
         outlook = Outlook(workers.forecasts.get)
         assert outlook.of("run", "f", "v1", size=1) is None
-        async with at_work(log, redis) as (writer, lessons), told_by(writer, lessons, ledgers):
+        async with learning(log, redis) as (writer, lessons), told_by(writer, lessons, ledgers):
             await live(log, 12)
             await until(lambda: (found := outlook.of("run", "f", "v1", size=1)) is not None and found.observations == 3)
             found = outlook.of("run", "f", "v1", size=1)
@@ -181,7 +158,7 @@ async def test_every_process_hears_what_is_expected(nats_server: NatsServer, log
 
 
 async def test_nothing_new_is_not_told_again(nats_server: NatsServer, log: Log, redis: Redis) -> None:
-    async with tables_of(nats_server, LEDGER) as tables, at_work(log, redis) as (writer, lessons):
+    async with tables_of(nats_server, LEDGER) as tables, learning(log, redis) as (writer, lessons):
         forecasts = Forecasts(tables.forecasts, lessons, lambda: writer.whole)
         await live(log, 240)
         await caught_up(log, redis)
@@ -197,7 +174,7 @@ async def test_nothing_new_is_not_told_again(nats_server: NatsServer, log: Log, 
 
 async def test_after_a_restart_the_rows_follow_what_is_known(nats_server: NatsServer, log: Log, redis: Redis) -> None:
     async with tables_of(nats_server, LEDGER) as tables:
-        async with at_work(log, redis) as (writer, lessons):
+        async with learning(log, redis) as (writer, lessons):
             await live(log, 12)
             await caught_up(log, redis)
             await Forecasts(tables.forecasts, lessons, lambda: True).step()
@@ -205,7 +182,7 @@ async def test_after_a_restart_the_rows_follow_what_is_known(nats_server: NatsSe
             assert row is not None
             await tables.forecasts.put("gone", row)  # as one of whose work the log keeps nothing
             await tables.forecasts.delete("f")
-        async with at_work(log, redis) as (writer, lessons), told_by(writer, lessons, tables):
+        async with learning(log, redis) as (writer, lessons), told_by(writer, lessons, tables):
             await until(lambda: tables.forecasts.items().keys() == {"f", "g"})
             again = tables.forecasts.get("f")
             assert again is not None
@@ -216,7 +193,7 @@ async def test_while_the_log_is_read_anew_nothing_is_told_of_the_past(
     nats_server: NatsServer, log: Log, redis: Redis
 ) -> None:
     ready = False
-    async with tables_of(nats_server, LEDGER) as tables, at_work(log, redis) as (_, lessons):
+    async with tables_of(nats_server, LEDGER) as tables, learning(log, redis) as (_, lessons):
         telling = asyncio.create_task(Forecasts(tables.forecasts, lessons, lambda: ready, every_s=0.01).run())
         await live(log, 12)
         await caught_up(log, redis)
@@ -230,7 +207,7 @@ async def test_while_the_log_is_read_anew_nothing_is_told_of_the_past(
 
 
 async def test_what_could_not_be_told_is_told_the_next_time(nats_server: NatsServer, log: Log, redis: Redis) -> None:
-    async with tables_of(nats_server, LEDGER) as tables, at_work(log, redis) as (_, lessons):
+    async with tables_of(nats_server, LEDGER) as tables, learning(log, redis) as (_, lessons):
         await live(log, 12)
         await caught_up(log, redis)
         forecasts = Forecasts(tables.forecasts, lessons, lambda: True)

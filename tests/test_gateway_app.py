@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -20,20 +19,6 @@ from gateway.problems import MEANINGS, KeyReused, meaning_of
 from gateway.table import ENDPOINTS
 from headrace import errors
 from tests.doors import CODE, TOKEN, Door, Doors
-
-
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-async def door(doors: Doors) -> Door:
-    opened = await doors.open()
-    await opened.deploy()
-    return opened
-
 
 # ---------------------------------------------------------------- overload and trouble
 

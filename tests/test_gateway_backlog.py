@@ -12,6 +12,7 @@ import pytest
 from gateway.backlog import RETRY_S_MAX, Backlog
 from gateway.problems import Busy
 from headrace.errors import Overloaded, Unavailable
+from headrace.wire import Invocation, Payload
 from streams.backlog import Lanes, Look
 from streams.link import Link
 from streams.log import Log, Record
@@ -261,6 +262,95 @@ async def test_the_server_counts_what_waits_and_what_ends(link: Link, log: Log) 
     assert after.waiting[4] == sum(after.waiting) == 7
     assert after.ended == 5
     assert after.counting == before.counting
+
+
+# ---------------------------------------------------------------- what the slots should do
+
+
+@pytest.fixture
+def slotted(lanes: Counted) -> Backlog:
+    return Backlog(lanes, backlog_max=10_000, slots=lambda: 4, clock=lanes.clock, rng=random.Random(1))
+
+
+async def test_a_burst_is_quoted_by_the_slots_before_anything_has_ended(slotted: Backlog, lanes: Counted) -> None:
+    slotted.took("r", None, NOW, runs=803, need_s=0.05)
+    assert slotted.wait_s(None, NOW) == pytest.approx(10.0)
+    assert slotted.wait_s(None, NOW, behind=80) == pytest.approx(11.0)
+
+
+async def test_of_what_was_seen_waiting_some_has_ended_before_the_next_look(slotted: Backlog, lanes: Counted) -> None:
+    slotted.took("r", None, NOW, need_s=0.05)
+    lanes.waiting[11] = 803
+    slotted.learn(await lanes.look())
+    slotted._looked_at = lanes.now
+    before = slotted.wait_s(None, NOW)
+    lanes.now += 2.0
+    assert slotted.wait_s(None, NOW) == pytest.approx(before - 2.0)
+    lanes.now += 3600.0
+    assert slotted.wait_s(None, NOW) == 0.0
+    assert slotted.wait_s(None, NOW, behind=80) == pytest.approx(1.0, abs=0.1)
+
+
+async def test_each_kind_of_work_that_waits_counts_with_its_own_duration(slotted: Backlog, lanes: Counted) -> None:
+    slotted.took("short", None, NOW, runs=100, need_s=0.1)
+    slotted.took("long", None, NOW, runs=100, need_s=0.9)
+    slotted._looked_at = lanes.now
+    assert slotted.wait_s(None, NOW) == pytest.approx((200 + 1 - 4) / 8.0)
+
+
+async def test_the_first_of_all_takes_what_is_ahead_for_its_like(slotted: Backlog) -> None:
+    assert slotted.wait_s(None, NOW, behind=43, need_s=1.0) == pytest.approx(10.0)
+
+
+async def test_without_any_known_duration_the_slots_tell_nothing(slotted: Backlog) -> None:
+    slotted.took("r", None, NOW, runs=803)
+    assert slotted.wait_s(None, NOW) == 0.0
+
+
+def first() -> Invocation:
+    """Return the first invocation of a run without deadline."""
+    return Invocation(
+        run_id="R",
+        invocation_id="I",
+        function="f",
+        version="v",
+        route="r",
+        tenant="default",
+        payload=Payload(),
+        accepted_at=NOW,
+        sent_at=NOW,
+    )
+
+
+async def test_what_is_on_its_way_into_the_log_is_ahead(slotted: Backlog, lanes: Counted) -> None:
+    slotted._looked_at = lanes.now
+    slotted.took("r", None, NOW, runs=4, need_s=1.0)
+    alone = slotted.wait_s(None, NOW)
+    with slotted.coming([first()] * 40):
+        assert slotted.wait_s(None, NOW) == pytest.approx(alone + 10.0)
+    assert slotted.wait_s(None, NOW) == alone
+
+
+async def test_what_was_taken_is_ahead_until_a_look_has_seen_it(slotted: Backlog, lanes: Counted) -> None:
+    slotted._looked_at = lanes.now
+    slotted.took("r", None, NOW, runs=403, need_s=1.0)
+    there = asyncio.Event()
+    plain = lanes.look
+
+    async def slow() -> Look:
+        await there.wait()
+        lanes.waiting[11] = 403
+        return await plain()
+
+    lanes.look = slow  # type: ignore[method-assign]
+    looking = asyncio.create_task(slotted._look())
+    await asyncio.sleep(0)
+    assert slotted.wait_s(None, NOW) == pytest.approx(100.0)
+    slotted.took("r", None, NOW, need_s=1.0)
+    there.set()
+    await looking
+    assert slotted.waiting == 404
+    assert slotted.wait_s(None, NOW) == pytest.approx(100.25)
 
 
 # ---------------------------------------------------------------- several tenants

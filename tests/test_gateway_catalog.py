@@ -25,12 +25,6 @@ from tests.doors import CODE, Door, Doors
 
 
 @pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
 async def door(doors: Doors) -> Door:
     return await doors.open(upload_part_bytes=100_000)
 

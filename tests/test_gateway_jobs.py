@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
+import time
 from typing import Any
 
-import pytest
+import msgspec
+from rich.table import Table
 
+from functions.sites import SILENT_S
 from gateway.live import all_subjects
-from headrace.joblog import JOB
-from headrace.model import RunRef
+from headrace import render
+from headrace.joblog import JOB, SiteRecord
+from headrace.model import JobView, RunRef
 from headrace.wire import Invocation
 from streams.log import Record
 from streams.topology import job_subject
-from tests.doors import Door, Doors
+from tests.doors import Door
 from tests.doubles import matches
 from tests.test_gateway_live import reading
 from tests.test_submitting import beginning, end_of, ended, job_of, submission, submit, succeed
-
-
-@pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Door]:
-    async with Doors(tmp_path) as doors:
-        opened = await doors.open()
-        await opened.deploy()
-        yield opened
 
 
 def put(door: Door, records: list[Record]) -> None:
@@ -67,6 +62,30 @@ async def test_a_run_shows_its_jobs_apart_from_its_invocations(door: Door) -> No
     (shown,) = (await view(door, ref))["jobs"]
     assert (shown["state"], shown["reason"], shown["error"]["kind"]) == ("failed", "walltime", "walltime")
     assert "longer than it may" in (await view(door, ref))["error"]["message"]
+
+
+async def test_a_run_tells_why_its_job_waits(door: Door) -> None:
+    ref = await door.trigger(json={})
+    _, records = succeed(submit(then="collect"), of=first_of(door, ref))
+    put(door, records)
+    (shown,) = (await view(door, ref))["jobs"]
+    assert (shown["state"], shown["why"]) == ("new", "it waits for site lab, which is not known")
+    now = time.time()
+    await door.tables.sites.put("lab", SiteRecord(name="lab", kind="slurm", at=now - SILENT_S, since=now))
+    (shown,) = (await view(door, ref))["jobs"]
+    assert shown["why"] == "it waits for site lab, which is unknown: its agent says nothing"
+    assert "which is unknown" in text_of(render.jobs_table([msgspec.convert(shown, JobView)]))
+    await door.tables.sites.put("lab", SiteRecord(name="lab", kind="slurm", at=now, since=now))
+    assert (await view(door, ref))["jobs"][0]["why"] == ""
+    await door.tables.sites.delete("lab")
+    put(door, [submission(job_of(records))])
+    assert (await view(door, ref))["jobs"][0]["why"] == ""  # it is at its batch system
+
+
+def text_of(table: Table) -> str:
+    file = io.StringIO()
+    render.console(file).print(table)
+    return file.getvalue()
 
 
 async def test_what_becomes_of_a_job_is_told_live_as_events_of_its_own(door: Door) -> None:

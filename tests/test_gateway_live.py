@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -36,20 +35,6 @@ from streams.record import fold_run, view
 from streams.stored import Stored
 from streams.topology import cancel_subject, done_subject, end_subject, note_subject
 from tests.doors import Door, Doors
-
-
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-async def door(doors: Doors) -> Door:
-    opened = await doors.open()
-    await opened.deploy()
-    return opened
-
 
 # ---------------------------------------------------------------- from facts to events
 

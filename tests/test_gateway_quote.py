@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,6 @@ from tests.doubles import MemoryLog, MemoryReader, MemoryTables
 
 EVENTS = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
-
-
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-async def door(doors: Doors) -> Door:
-    opened = await doors.open()
-    await opened.deploy()
-    return opened
 
 
 def learned(door: Door, p50_s: float = 2.0, p90_s: float = 3.0, **others: Expected) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from headrace.names import invocation_id
 from headrace.names import run_id as run_id_of
 from headrace.sse import messages
 from headrace.wire import Invocation, Outcome, Payload, RunEnd, decode, encode
-from infra.embedded import RedisServer
 from streams.blobs import FolderBlobs
 from streams.follow import follow
 from streams.ledger import Writer
@@ -28,13 +26,7 @@ from streams.reader import Reader
 from streams.tables import Tables, open_tables
 from streams.topology import done_subject, work_subject
 from tests.doors import TOKEN, Doors, Front
-
-
-@pytest.fixture
-async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_server.url, password=redis_server.password)
-    yield client
-    await client.aclose()
+from tests.writers import at_work
 
 
 @pytest.fixture
@@ -136,21 +128,18 @@ async def test_waiting_hears_the_end_of_the_run(fronts: list[Front], log: Log) -
 
 
 async def test_the_list_of_runs_comes_from_the_read_model(fronts: list[Front], log: Log, redis: Redis) -> None:
-    writer = asyncio.create_task(Writer(log, redis).run())
-    refs = [await fronts[0].trigger(data=b"x") for _ in range(3)]
-    await finish(log, refs[1].run_id)
-    found: list[str] = []
-    while len(found) < 3:
-        _, said, _ = await fronts[1].ask("GET", "/v1/runs?limit=10")
-        found = [r["run_id"] for r in said["runs"]]
-    assert found == [r.run_id for r in reversed(refs)]
-    states: list[str] = []
-    while states != [refs[1].run_id]:
-        _, said, _ = await fronts[1].ask("GET", "/v1/runs", params={"state": "succeeded"})
-        states = [r["run_id"] for r in said["runs"]]
-    writer.cancel()
-    with suppress(asyncio.CancelledError):
-        await writer
+    async with at_work(Writer(log, redis)):
+        refs = [await fronts[0].trigger(data=b"x") for _ in range(3)]
+        await finish(log, refs[1].run_id)
+        found: list[str] = []
+        while len(found) < 3:
+            _, said, _ = await fronts[1].ask("GET", "/v1/runs?limit=10")
+            found = [r["run_id"] for r in said["runs"]]
+        assert found == [r.run_id for r in reversed(refs)]
+        states: list[str] = []
+        while states != [refs[1].run_id]:
+            _, said, _ = await fronts[1].ask("GET", "/v1/runs", params={"state": "succeeded"})
+            states = [r["run_id"] for r in said["runs"]]
 
 
 async def test_a_stream_goes_on_at_another_gateway_without_a_gap(fronts: list[Front], log: Log) -> None:

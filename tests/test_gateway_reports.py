@@ -24,9 +24,8 @@ OTHER = "d" * 64
 
 
 @pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Door]:
-    async with Doors(tmp_path) as doors:
-        yield await doors.open()
+async def door(doors: Doors) -> Door:
+    return await doors.open()
 
 
 class Watch:
@@ -114,6 +113,7 @@ async def test_what_a_job_says_is_in_the_log(door: Door) -> None:
     assert (half.event, half.fraction, half.text) == ("progress", 0.25, "relaxing")
     assert (ended.event, ended.exit_code) == ("end", 3)
     assert {s.subject for s in door.log.stored[1:]} == {report_subject("R", "J", "lab")}
+    assert door.log.hints == 3 * [report_subject("R", "J", "lab")]  # none of them is worth anything for days
 
 
 async def test_progress_is_told_on_the_run(door: Door) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,12 +19,6 @@ from tests.doors import TOKEN, Door, Doors
 
 LVK = {"revision": {"preset": "lvk"}}
 EVENTS = "application/cloudevents+json"
-
-
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import msgspec
 import pytest
 
@@ -12,20 +9,7 @@ from headrace.model import ErrorInfo, RunView
 from headrace.names import invocation_id
 from headrace.wire import Cancel, Outcome, Payload, RunEnd, decode, encode
 from streams.topology import done_subject, end_subject
-from tests.doors import Door, Doors
-
-
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-async def door(doors: Doors) -> Door:
-    opened = await doors.open()
-    await opened.deploy()
-    return opened
+from tests.doors import Door
 
 
 async def test_a_run_is_readable_at_once_whatever_the_read_model_knows(door: Door) -> None:

@@ -25,19 +25,6 @@ from tests.doors import TOKEN, Door, Doors
 DATA = Path(__file__).parent / "data" / "cloudevents"
 
 
-@pytest.fixture
-async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
-    async with Doors(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-async def door(doors: Doors) -> Door:
-    opened = await doors.open()
-    await opened.deploy()
-    return opened
-
-
 async def test_a_trigger_is_in_the_log_when_its_202_comes(door: Door) -> None:
     ref = await door.trigger(json={"shot": 7}, headers={"Idempotency-Key": "shot-7", "Headrace-Deadline": "60s"})
     [first] = door.firsts()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,7 +84,7 @@ def test_a_name_that_changes_its_mind_leads_nowhere_else(monkeypatch: pytest.Mon
     asked = resolving(monkeypatch, ["127.0.0.1"], ["127.0.0.2"])
     with serving(Faulty(body=b"inside")) as server:
         url = server.url.replace("127.0.0.1", "data.example")
-        line = Line()
+        line = Line(threading.Event())
         reply = line.get(Source(name="x", address=lambda: url, guard=Guard(hosts=["data.example"])), 0, 10)
         assert reply.response.read() == b"inside"
         line.close()
@@ -218,6 +220,21 @@ def test_a_name_with_tricks_is_refused(name: str, tmp_path: Path) -> None:
         open_inside(tmp_path, name)
 
 
+def test_a_disk_that_does_not_answer_is_not_told_as_a_wrong_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def full(path: object, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, flags, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        open_inside(tmp_path, "a", os.O_WRONLY | os.O_CREAT)
+
+
 def test_a_plain_name_is_opened_and_made(tmp_path: Path) -> None:
     os.close(open_inside(tmp_path, "out/frames 1.h5", os.O_WRONLY | os.O_CREAT))
     assert (tmp_path / "out" / "frames 1.h5").is_file()
@@ -235,9 +252,19 @@ def test_links_that_a_job_left_are_not_followed(tmp_path: Path) -> None:
     (folder / "folder").symlink_to(outside)
     (folder / "hard").hardlink_to(outside / "secret")
     os.mkfifo(folder / "pipe")
-    for name in ("link", "folder/secret", "hard", "pipe"):
-        with pytest.raises(HeadraceError):
+    (folder / "inner").mkdir()
+    for name, said in (
+        ("link", "'link' is a link"),
+        ("folder/secret", "lies behind a link"),
+        ("hard", "linked to from elsewhere"),
+        ("pipe", "is a pipe"),
+        ("inner", "is a folder"),
+    ):
+        with pytest.raises(BadRequest, match=said):
             open_inside(folder, name)
+    for name, said in (("pipe", "is a pipe"), ("inner", "is a folder")):
+        with pytest.raises(BadRequest, match=said):
+            open_inside(folder, name, os.O_WRONLY | os.O_CREAT)
     with pytest.raises(HeadraceError):
         open_inside(folder, "folder/new", os.O_WRONLY | os.O_CREAT)
     assert not (outside / "new").exists()

@@ -232,6 +232,26 @@ async def test_work_that_is_late_does_not_hide_what_comes_behind_it(log: Log) ->
     assert len(seen) == late + 1
 
 
+async def test_work_that_went_back_for_a_while_is_called_back_before_a_slot_stands_idle(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.intake.ASIDE_S_MIN", 3600.0)  # what is not called back does not come at all
+    monkeypatch.setattr("streams.intake.ASIDE_S_MAX", 3600.0)
+    monkeypatch.setattr(WorkerHand, "put_off", lambda self, delivery: True)
+    now, count = time.time(), 5 * VIEW_MAX
+    for n in range(count):
+        await log.append([trigger(f"e{n}", now=now, deadline=now + 600.0 - n / 1000).record])
+    taken = []
+    async with opened(log, slots=1) as intake:
+        await until_held(intake, VIEW_MAX)
+        for _ in range(count):
+            delivery = await take(intake)
+            taken.append(delivery.seq)
+            await asyncio.sleep(0.002)
+            await delivery.ack()
+    assert len(set(taken)) == count
+
+
 async def test_what_is_not_worth_starting_is_handed_over_and_takes_room_until_it_is_done(log: Log) -> None:
     over: list[Delivery] = []
     now = time.time()

@@ -65,13 +65,16 @@ def test_resources_that_contradict_themselves_say_how(resources: dict[str, Any],
         ({"executable": "a\nb"}, "executable holds a control character"),
         ({"arguments": ["a\0b"]}, "number 0 holds a NUL"),
         ({"directory": "here"}, "here is not absolute"),
+        ({"directory": "/scratch/a\\b"}, "backslash"),
         ({"environment": {"A B": "1"}}, "'A B' is not the name of a variable"),
         ({"environment": {"HEADRACE_TOKEN": "1"}}, "HEADRACE_TOKEN belongs to Headrace"),
         ({"inputs": {"../up": "s3://b/k"}}, "'../up' is no file"),
-        ({"inputs": {"a": "no uri"}}, "'no uri' is not a URI"),
+        ({"inputs": {"a": "no uri"}}, "a is not given by a URI"),
         ({"outputs": ["/etc/passwd"]}, "'/etc/passwd' is no file"),
         ({"outputs": [".headrace/claim"]}, "is no file"),
         ({"outputs": ["a", "a"]}, "'a' is given twice"),
+        ({"outputs": ["frames/*.npz"]}, "npz' is a pattern"),
+        ({"inputs": {"stdout.txt": "s3://b/k"}}, "stdout.txt is where the job's own words go"),
         ({"container": "--privileged"}, "is not an image"),
         ({"launcher": "rm"}, "'rm' is not known"),
         ({"attributes": JobAttributes(custom_attributes={"slurm.qos": "x"}), "sites": ["a", "a"]}, "given twice"),
@@ -93,6 +96,26 @@ def test_attributes_are_checked_too() -> None:
         JobAttributes(custom_attributes={"slurm.qos": "x\n#SBATCH --uid=0"})
     with pytest.raises(BadName):
         JobSpec(executable="x", sites=["no site"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cure"),
+    [
+        ((Resources, {"memory": "16 GB"}), "16 * 2**30"),
+        ((JobAttributes, {"duration": 60}), '"10m"'),
+        ((JobSpec, {"executable": "x", "sites": "lab"}), '["lab"]'),
+        ((JobSpec, {"executable": "x", "arguments": "--steps 10"}), '["--steps", "1000"]'),
+    ],
+)
+def test_a_wrong_type_is_told_with_its_cure(wrong: tuple[type, dict[str, Any]], cure: str) -> None:
+    of, fields = wrong
+    with pytest.raises(BadRequest, match="Expected") as caught:
+        of(**fields)
+    assert cure in caught.value.hint
+
+
+def test_a_job_may_keep_what_it_printed() -> None:
+    assert JobSpec(executable="x", outputs=["stdout.txt"]).outputs == ["stdout.txt"]
 
 
 def test_a_specification_has_a_size_limit() -> None:

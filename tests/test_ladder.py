@@ -318,6 +318,14 @@ def test_a_worse_answer_after_a_better_one_changes_nothing() -> None:
     assert (now.answer_id, [each.fidelity.level for each in now.answers]) == (better[0].invocation_id, [1])
 
 
+def test_a_rescue_put_by_a_clock_that_is_behind_waits_no_longer_than_a_whole_run() -> None:
+    behind_s = 2500.0
+    record = rungs.put(ASKED, Rescue(choice=THREE[1], at=150.0), TimeLedger(), 102.0, 102.0 - behind_s)
+    rescue = decode(record.body, Invocation)
+    assert ASKED.deadline is not None
+    assert rescue.not_before - rescue.sent_at == pytest.approx(ASKED.deadline - ASKED.accepted_at)
+
+
 def test_a_run_whose_full_function_fails_after_a_rescue_has_succeeded_and_says_why_there_is_no_better_answer() -> None:
     rescue, put = rescue_of(ASKED, 1)
     answered, failed = done(rescue), fail(ASKED, TRIED, BROKEN)

@@ -8,32 +8,27 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
+from msgspec import structs
 from redis.asyncio import Redis
 
+from functions.jobs import payload_of
 from headrace.errors import BadRequest, Unavailable
-from headrace.wire import NOTHING, Call
+from headrace.joblog import JOB, Held, JobWork, Submitted
+from headrace.wire import NOTHING, Call, encode
 from infra.embedded import RedisServer
 from streams.ledger import Writer
-from streams.log import Log
+from streams.log import Log, Record
 from streams.reader import Reader
-from streams.topology import DEFAULT_TENANT
+from streams.topology import DEFAULT_TENANT, held_subject, job_subject, submit_subject
 from tests.stories import children, failure, success, trigger
-
-
-@pytest.fixture
-async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_server.url, password=redis_server.password)
-    yield client
-    await client.aclose()
+from tests.writers import at_work
 
 
 @pytest.fixture
 async def reader(log: Log, redis: Redis) -> AsyncIterator[Reader]:
     """A reader whose writer is at work."""
-    writing = asyncio.create_task(Writer(log, redis).run())
-    yield Reader(redis)
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
+    async with at_work(Writer(log, redis)):
+        yield Reader(redis)
 
 
 async def caught_up(reader: Reader, log: Log) -> None:
@@ -74,6 +69,35 @@ async def test_a_run_can_be_read_with_its_invocations(log: Log, reader: Reader) 
         ("g", "succeeded", first.invocation.invocation_id),
     ]
     assert await reader.run("unknown") is None
+
+
+async def test_why_a_job_waits_is_told_as_long_as_it_does(log: Log, reader: Reader) -> None:
+    first = trigger("e").invocation
+    job = structs.replace(
+        first,
+        invocation_id="job",
+        parent_id=first.invocation_id,
+        function=JOB,
+        payload=payload_of(JobWork(site="lab", spec=NOTHING)),
+    )
+    run = job.run_id
+    held = Held(run_id=run, invocation_id="job", site="lab", at=1001.0, why="its disk is full")
+    submitted = Submitted(
+        run_id=run, invocation_id="job", site="lab", attempt=1, native_id="7", at=1002.0, agent="agent/lab/here"
+    )
+    told = []
+    for record in (
+        trigger("e").record,
+        Record(job_subject("lab", DEFAULT_TENANT, run, "job"), encode(job)),
+        Record(held_subject(run, "job", "lab"), encode(held)),
+        Record(submit_subject(run, "job", 1, "lab"), encode(submitted)),
+    ):
+        await log.append([record])
+        await caught_up(reader, log)
+        seen = await reader.run(run)
+        assert seen is not None
+        told += [(each.state, each.why) for each in seen.jobs]
+    assert told == [("new", ""), ("new", "its disk is full"), ("queued", "")]
 
 
 async def test_pages_go_from_new_to_old_and_end(log: Log, reader: Reader) -> None:
@@ -135,18 +159,16 @@ async def test_while_redis_is_away_a_read_says_so(reader: Reader, redis_server: 
 
 
 async def test_the_oldest_ended_runs_are_forgotten_beyond_the_limit(log: Log, redis: Redis) -> None:
-    writing = asyncio.create_task(Writer(log, redis, runs_max=100).run())
-    firsts = [trigger(f"e{n}", now=1000.0 + n) for n in range(800)]
-    await asyncio.gather(*(log.append([f.record]) for f in firsts))
-    await asyncio.gather(*(log.append(success(f.invocation)) for f in firsts[1:]))
-    reader = Reader(redis)
-    await caught_up(reader, log)
-    async with asyncio.timeout(20):
-        while (kept := int(await redis.zcard("hr:runs"))) > 600:
-            await asyncio.sleep(0.01)
-    assert kept >= 100
-    assert await reader.run(firsts[0].invocation.run_id) is not None  # open, however old
-    assert await reader.run(firsts[1].invocation.run_id) is None
-    assert len(await redis.keys("hr:run:*")) == kept
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
+    async with at_work(Writer(log, redis, runs_max=100)):
+        firsts = [trigger(f"e{n}", now=1000.0 + n) for n in range(800)]
+        await asyncio.gather(*(log.append([f.record]) for f in firsts))
+        await asyncio.gather(*(log.append(success(f.invocation)) for f in firsts[1:]))
+        reader = Reader(redis)
+        await caught_up(reader, log)
+        async with asyncio.timeout(20):
+            while (kept := int(await redis.zcard("hr:runs"))) > 600:
+                await asyncio.sleep(0.01)
+        assert kept >= 100
+        assert await reader.run(firsts[0].invocation.run_id) is not None  # open, however old
+        assert await reader.run(firsts[1].invocation.run_id) is None
+        assert len(await redis.keys("hr:run:*")) == kept

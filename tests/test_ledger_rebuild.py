@@ -12,7 +12,6 @@ from redis.asyncio import Redis
 from functions.replays import again, replay
 from headrace.errors import Unavailable
 from headrace.wire import NOTHING, Invocation, Map, Started, encode
-from infra.embedded import RedisServer
 from streams import ledger
 from streams.follow import follow
 from streams.ledger import FACTS, LAYOUT, POSITION, WHOLE, Writer
@@ -20,30 +19,14 @@ from streams.log import Log, Record
 from streams.reader import Reader
 from streams.topology import DEFAULT_TENANT, start_subject
 from tests.stories import children, failure, function, route, success, trigger
-
-
-@pytest.fixture
-async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
-    client = Redis.from_url(redis_server.url, password=redis_server.password)
-    yield client
-    await client.aclose()
+from tests.writers import at_work, caught_up
 
 
 @pytest.fixture
 async def writer(log: Log, redis: Redis) -> AsyncIterator[Writer]:
     """A writer at work."""
-    made = Writer(log, redis)
-    writing = asyncio.create_task(made.run())
-    yield made
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
-
-
-async def caught_up(log: Log, redis: Redis) -> None:
-    end = await log.end_seq()
-    async with asyncio.timeout(20):
-        while int(await redis.get(POSITION) or 0) < end or not await redis.exists(WHOLE):
-            await asyncio.sleep(0.01)
+    async with at_work(Writer(log, redis)) as made:
+        yield made
 
 
 async def everything(redis: Redis) -> dict[bytes, Any]:
@@ -198,25 +181,20 @@ async def test_keys_of_another_release_are_thrown_away(log: Log, redis: Redis) -
     await redis.set(POSITION, 5)
     await redis.zadd("hr:open:default:f", {"stray": 1})
     await redis.set(LAYOUT, "1")
-    writing = asyncio.create_task(Writer(log, redis).run())
-    await caught_up(log, redis)
-    assert (await everything(redis))[b"hr:totals"] == {b"accepted": b"12", b"ended": b"6"}
-    assert await redis.zscore("hr:open:default:f", "stray") is None
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
+    async with at_work(Writer(log, redis)):
+        await caught_up(log, redis)
+        assert (await everything(redis))[b"hr:totals"] == {b"accepted": b"12", b"ended": b"6"}
+        assert await redis.zscore("hr:open:default:f", "stray") is None
 
 
 async def test_what_is_further_than_the_log_is_of_another_log(log: Log, redis: Redis) -> None:
     await fill(log, 5)
     await redis.set(POSITION, 1_000_000)
     await redis.set(LAYOUT, ledger.LAYOUT_NOW)
-    writing = asyncio.create_task(Writer(log, redis).run())
-    async with asyncio.timeout(20):
+    async with at_work(Writer(log, redis)), asyncio.timeout(20):
         while int(await redis.get(POSITION) or 0) != await log.end_seq():
             await asyncio.sleep(0.01)
-    assert len((await Reader(redis).page(DEFAULT_TENANT)).runs) == 6
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
+        assert len((await Reader(redis).page(DEFAULT_TENANT)).runs) == 6
 
 
 async def test_the_dead_are_forgotten_together_with_their_runs(

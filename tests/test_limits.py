@@ -19,10 +19,10 @@ import pytest
 from headrace import Client, groups
 from headrace.errors import FunctionError, OutOfMemory, OverLimit, TimeLimit, TooLarge, UserError
 from tests.platforms import UpProcess
-from tests.test_pool import NOOP, PID, Runs, is_alive, pool_of, until
+from tests.pools import MIB, NOOP, PID, Runs, pool_of
+from tests.processes import alive, until
 from workers.watch import LOOK_S
 
-MIB = 1024 * 1024
 TASKS_MAX = 64
 SLOT_BACK_S = 2.0
 
@@ -60,7 +60,7 @@ async def neighbour(runs: Runs, tmp_path: Path) -> AsyncIterator[None]:
         gate.touch()
     pid = await waiting
     assert await runs.value(NOOP, 1) == 1
-    assert is_alive(pid)
+    assert alive(pid)
     gate.unlink()
     (tmp_path / "gate.began").unlink()
 
@@ -107,7 +107,7 @@ async def test_a_fork_bomb_is_ended_and_nothing_of_it_is_left(tmp_path: Path, me
         assert "HEADRACE_CHILD_TASKS_MAX" in told.hint
         made = [int(pid) for pid in pids.read_text().split() if pid]
         assert len(made) > 30
-        await until(lambda: not any(is_alive(pid) for pid in made))
+        await until(lambda: not any(alive(pid) for pid in made))
 
 
 async def test_forks_are_refused_with_the_limit_where_control_groups_are(tmp_path: Path) -> None:

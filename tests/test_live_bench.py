@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from infra.bench import live
 
 
+@pytest.mark.alone
 async def test_under_twice_the_load_what_is_due_soon_is_answered_in_time_and_without_lanes_it_is_not(
     tmp_path: Path,
 ) -> None:

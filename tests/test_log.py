@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from headrace.errors import TooLarge, Unavailable
 from infra.embedded import NatsServer
-from streams.link import open_link
+from streams import link as links
+from streams import topology
+from streams.link import Link, open_link
 from streams.log import AlreadyThere, Log, Record
-from streams.topology import done_subject, run_subjects, work_subject
+from streams.topology import STREAM, done_subject, report_subject, run_subjects, work_subject
 
 
 def kill(server: NatsServer) -> None:
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
+
+
+async def messages_of(log: Log, most: int) -> int:
+    """Wait until the log holds at most so many messages, and return how many those are."""
+    while True:
+        found = (await log.link.jetstream().stream_info(STREAM)).state.messages
+        if found <= most:
+            return found
+        await asyncio.sleep(0.05)
 
 
 def done(run: str, invocation: str, body: bytes = b"x") -> Record:
@@ -141,3 +154,51 @@ async def test_a_connection_with_a_wrong_password_is_refused_in_time_and_told(
     with pytest.raises(Unavailable, match="Authorization") as caught:
         await open_link(nats_server.url, user="gateway", password="wrong", name="test")
     assert "password" in caught.value.hint
+
+
+async def test_a_client_that_does_not_hear_a_cancel_is_not_left_to_connect_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client swallows the first one, as ``asyncio.wait_for`` does at times before Python 3.12."""
+    connect = links._Client.connect
+
+    async def deaf(client: links._Client, **options: Any) -> None:
+        connecting = asyncio.create_task(connect(client, **options))
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(connecting)
+        await connecting
+
+    monkeypatch.setattr(links._Client, "connect", deaf)
+    monkeypatch.setattr(links, "OPEN_TIMEOUT_S", 0.1)
+    with pytest.raises(Unavailable, match="no NATS server"):
+        await open_link("nats://127.0.0.1:9", name="test")
+
+
+async def test_what_is_a_hint_leaves_the_log_soon_and_all_else_stays(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.log.HINT_KEEP_S", 1)
+    hints = [[Record(report_subject("r", "j", "lab"), b"0.5", hint=True)] for _ in range(200)]
+    (said, *_), *_ = await asyncio.gather(
+        log.append([done("r", "i"), Record("hr.note.r.i.1", b"", hint=True)]), *map(log.append, hints)
+    )
+    assert await messages_of(log, 1) == 1
+    assert [found.seq for found in await log.last_of_each(["hr.done.r.i", "hr.note.r.*.*"])] == [said]
+
+
+async def test_a_log_that_an_older_release_set_up_keeps_hints_until_it_is_set_up_again(
+    link: Link, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.log.HINT_KEEP_S", 1)
+    js = link.jetstream()
+    await js.delete_stream(STREAM)
+    older = topology._stream(topology.Limits(), 1)
+    older.allow_msg_ttl = False
+    await js.add_stream(older)
+    hint = Record("hr.note.r.i.1", b"", hint=True)
+    await asyncio.gather(*(log.append([done("r", f"i{n}"), hint]) for n in range(20)), log.append([hint]))
+    assert await messages_of(log, 41) == 41
+    await topology.ensure(link, topology.Limits())
+    newer = Log(link)
+    await newer.start()
+    await newer.append([hint])
+    assert await messages_of(newer, 41) == 41
+    await newer.close()

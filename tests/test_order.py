@@ -89,6 +89,27 @@ def test_the_least_value_per_second_is_put_off_first() -> None:
     assert names(run(order)) == ["dear", "cheap"]
 
 
+def test_a_slot_that_is_busy_for_long_takes_no_more_than_itself_from_the_others() -> None:
+    order = Order(slots=4)
+    for place in range(200):
+        order.add(work(str(place), 100.0, seconds=1.0), 0.0)
+    # The other three slots have room for 300 s of work until then; there are 200.
+    for _ in range(20):
+        assert order.take(0.0, [1e6]).start is not None
+    assert not any(order.put_off(str(place)) for place in range(200))
+
+
+@pytest.mark.parametrize(("if_late", "put_off"), [("cancel", False), ("continue", True)])
+def test_what_is_stopped_at_its_deadline_needs_a_slot_for_no_longer(if_late: str, put_off: bool) -> None:
+    order = Order(slots=1)
+    # One in ten takes 100 s, so all of them together, run to their ends, would be late by far.
+    wide = Work(id="wide", tenant="a", arrived=0.0, deadline=10.0, p50_s=1.0, p90_s=100.0, if_late=if_late)
+    order.add(wide, 0.0)
+    order.add(work("behind", 20.0, value=50.0), 0.0)
+    order.take(0.0)
+    assert order.put_off("wide") == put_off
+
+
 def test_a_tenant_with_ten_thousand_queued_does_not_delay_anothers_urgent_work() -> None:
     order = Order(slots=4)
     for place in range(10_000):

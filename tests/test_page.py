@@ -16,8 +16,11 @@ from msgspec import structs
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from headrace import AsyncClient
-from headrace.joblog import SiteRecord
+from headrace.joblog import Report, SiteRecord
 from headrace.model import ErrorInfo, Quote, Verdict
+from headrace.wire import encode
+from streams.log import Record
+from streams.topology import report_subject
 from tests.platforms import UpProcess
 from tests.test_submitting import beginning, job_of, submission, submit, succeed
 from tests.watched import TOKEN, Stage, Watched, text_of
@@ -247,9 +250,37 @@ async def test_a_run_shows_the_batch_job_that_it_waits_for(stage: Stage, show: S
     for record in (*records, submission(job, "4711")):
         stage.log.put(record.subject, record.body)
     page = await show(stage.url)
-    await expect(page.locator("#open li")).to_contain_text("job 4711 is in the queue, 1 of 2 done")
+    await expect(page.locator("#open li")).to_contain_text("job 4711 is in the queue of lab, 1 of 2 done")
     stage.log.put(*beginning(job)[:2])
-    await expect(page.locator("#open li")).to_contain_text("job 4711 running")
+    await expect(page.locator("#open li")).to_contain_text("job 4711 running at lab, ")
+
+
+async def test_a_job_is_told_with_its_site_and_how_that_is(stage: Stage, show: Show) -> None:
+    page = await show(stage.url)
+    records = [*succeed(submit(then="collect"), of=stage.accept("campaign", due_in_s=None))[1]]
+    for record in records:
+        stage.log.put(record.subject, record.body)
+    row, bar = page.locator("#open li"), page.locator("#open .fill")
+    await expect(row).to_contain_text("job waits for lab, 1 of 2 done")
+    site = SiteRecord(
+        name="lab", kind="slurm", at=time.time(), since=0.0, status="down", detail="its agent says nothing"
+    )
+    await stage.tables.sites.put("lab", site)
+    await expect(row).to_contain_text("job waits for lab (down), ")
+    job = job_of(records)
+    report = Report(
+        run_id=job.run_id, invocation_id=job.invocation_id, site="lab", event="progress", at=1.0, fraction=0.5
+    )
+    for record in (
+        submission(job, "4711"),
+        beginning(job),
+        Record(report_subject(job.run_id, job.invocation_id, "lab"), encode(report)),
+    ):
+        stage.log.put(record.subject, record.body)
+    await expect(row).to_contain_text("job 4711 running at lab (down), 1 of 2 done, 50 %")
+    await expect(bar).to_have_css(
+        "transform", "matrix(0.5, 0, 0, 1, 0, 0)"
+    )  # without a deadline it shows how far it is
 
 
 async def test_the_answer_is_fetched_when_a_row_is_opened_and_not_before(
@@ -543,4 +574,4 @@ async def test_sites_are_there_as_they_are(stage: Stage, show: Show) -> None:
     await expect(page.locator("#sites")).to_have_text("lab up, 5 of 16 GPUs free, 7 jobs waiting")
     changed = structs.replace(row, at=row.at + 1.0, status="down", detail=HOSTILE, gpus_free=0)
     await stage.tables.sites.put("lab", changed)
-    await expect(page.locator("#sites")).to_have_text(f"lab down, {HOSTILE}, 0 of 16 GPUs free, 7 jobs waiting")
+    await expect(page.locator("#sites")).to_have_text(f"lab down, {HOSTILE}")

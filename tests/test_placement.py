@@ -9,7 +9,7 @@ from msgspec import structs
 
 from functions.outlook import JOBS, Outlook
 from functions.placement import place, refused
-from functions.sites import SILENT_S, shape_of
+from functions.sites import SILENT_S, awaited, shape_of
 from headrace.joblog import SiteRecord
 from headrace.jobs import JobAttributes, JobSpec, Resources
 from headrace.wire import Expected, ForecastRow
@@ -53,25 +53,58 @@ def test_a_job_goes_where_it_starts_at_once() -> None:
         (job(nodes=5), {}, "it has 4 nodes, and the job takes 5"),
         (job(container="md.sif"), {}, "it has no program for containers"),
         (job(attributes=JobAttributes(duration="2h")), {"duration_max_s": 3600.0}, "its jobs run at most 3,600 s"),
-        (job(), {"at": NOW - SILENT_S}, "it is unknown: its agent"),
-        (job(), {"status": "down", "detail": "slurmctld does not answer"}, "it is down: slurmctld does not answer"),
-        (job(), {"accepts": False}, "it takes no more jobs"),
     ],
 )
-def test_a_site_that_cannot_run_a_job_is_rejected_with_the_reason(
+def test_a_site_that_can_never_run_a_job_is_rejected_with_the_reason(
     spec: JobSpec, fields: dict[str, Any], why: str
 ) -> None:
     found = place(spec, [site("lab", **fields)], NOW)
-    assert found.site is None
+    assert (found.site, found.later) == (None, False)
     assert why in found.rejected["lab"]
     error = refused(spec, found)
     assert "no site can run md: lab: its jobs" in str(error) or "no site can run md: lab: it " in str(error)
-    assert error.retry == ("at" in fields or "status" in fields or "accepts" in fields)
+    assert not error.retry
+    assert error.hint.endswith("change what the job asks for.")
     beside = place(
         spec, [site("lab", **fields), site("other", nodes_total=None, gpus_total=None, containers=["x"])], NOW
     )
     assert beside.site == "other"
     assert why in beside.rejected["lab"]
+    # Nor is it waited for where the other one is away.
+    away = site("other", nodes_total=None, gpus_total=None, containers=["x"], at=NOW - 1000.0)
+    assert place(spec, [site("lab", **fields), away], NOW) == ("other", {"lab": found.rejected["lab"]}, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"at": NOW - SILENT_S}, "it is unknown: its agent says nothing"),
+        ({"status": "down", "detail": "slurmctld does not answer"}, "it is down: slurmctld does not answer"),
+        ({"accepts": False}, "it takes no more jobs"),
+    ],
+)
+def test_a_job_waits_at_a_site_that_takes_none_now_if_no_other_does(fields: dict[str, Any], why: str) -> None:
+    lab = site("lab", **fields)
+    assert place(job(), [lab], NOW) == ("lab", {}, True)
+    assert place(job(), [lab, site("other", jobs_waiting=9)], NOW) == ("other", {"lab": why}, False)
+    # At the one that was heard last; one whose allocation ends is the last choice of all.
+    long_gone = site("gone", at=NOW - 500.0)
+    assert place(job(), [long_gone, lab], NOW).site == "lab"
+    assert place(job(), [long_gone, site("pilot", ends_at=NOW - 1.0), site("p2", accepts=False, ends_at=NOW)], NOW) == (
+        "gone",
+        {"pilot": "it is down: its allocation has ended", "p2": "it is down: its allocation has ended"},
+        True,
+    )
+
+
+def test_a_site_for_which_no_agent_ever_spoke_is_nothing_to_a_job_that_does_not_name_it() -> None:
+    typo = awaited("typo", NOW)
+    assert place(job(), [typo], NOW) == (None, {}, False)
+    assert refused(job(), place(job(), [typo], NOW)).retry
+    assert place(job(sites=("typo",)), [typo], NOW) == ("typo", {}, True)
+    # Of two that are named, the job waits at the one that is there.
+    away = site("away", at=NOW - 1000.0)
+    assert place(job(sites=("typo", "away")), [typo, away], NOW) == ("away", {"typo": "it is not known"}, True)
 
 
 def test_only_the_sites_that_a_job_names_are_looked_at() -> None:
@@ -112,3 +145,24 @@ def test_a_job_does_not_go_to_an_allocation_that_ends_before_it() -> None:
     queue = site("batch", jobs_waiting=3, wait=waits(30.0, 60.0))
     assert place(spec, [site("pilot", ends_at=NOW + 60.0), queue], NOW, None, outlook).site == "batch"
     assert place(spec, [site("pilot", ends_at=NOW + 600.0), queue], NOW, None, outlook).site == "pilot"
+
+
+def test_a_pilot_takes_no_job_that_may_not_be_through_before_it_ends() -> None:
+    short = site("pilot", ends_at=NOW + 300.0, duration_s=600.0)
+    found = place(job(), [short, site("batch", jobs_waiting=3)], NOW)
+    assert found.site == "batch"
+    assert found.rejected == {"pilot": "it ends in 300 s, and the job may take longer"}
+    # Where there is no other, it waits for one: but not if it names this one, for no time will be better.
+    assert place(job(), [short], NOW) == ("pilot", {}, True)
+    assert place(job(sites=("pilot",)), [short], NOW) == (None, found.rejected, False)
+    assert place(job(attributes=JobAttributes(duration="4m")), [short], NOW).site == "pilot"
+    assert place(job(), [short], NOW, None, runs(job(), pilot=(100.0, 200.0))).site == "pilot"
+
+
+def test_a_job_is_not_sent_back_to_where_it_is_taken_away_from() -> None:
+    here, there = site("here"), site("there", jobs_waiting=3)
+    assert place(job(), [here, there], NOW, leaves={"here": "it ends"}) == ("there", {"here": "it ends"}, False)
+    assert place(job(sites=("here",)), [here], NOW, leaves={"here": "it ends"}) == (None, {"here": "it ends"}, False)
+    # A site that is named and away is waited for, which is told.
+    away = place(job(sites=("here", "away")), [here], NOW, leaves={"here": "it ends"})
+    assert away == ("away", {"here": "it ends"}, True)

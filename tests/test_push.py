@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import socket
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -57,9 +56,8 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> BatchSystem:
 
 
 @pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Door]:
-    async with Doors(tmp_path) as doors:
-        yield await doors.open()
+async def door(doors: Doors) -> Door:
+    return await doors.open()
 
 
 def named(name: str, tmp_path: Path) -> str:
@@ -197,7 +195,7 @@ async def test_a_job_that_is_canceled_says_that_it_is_being_stopped(
     asked, _ = await submit(site, door.url, job, door)
     await hears(door, "start")
     await reached(site, asked, "active")
-    await site.cancel([asked.native_id])
+    await site.cancel([asked])
     await hears(door, "stopping")
     status: JobStatus = (await ended(site, asked))[job.job_id]
     assert status.state == "canceled"

@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from functions.outlook import Outlook
-from functions.quotes import AHEAD_SPREAD, Demand, Part, Quoter, quote, verdict
+from functions.quotes import AHEAD_SPREAD, Demand, Part, Quoter, ahead_s, pace, quote, verdict
 from headrace.model import FunctionOptions, Quote
 from headrace.wire import Expected, ForecastRow, FunctionRecord
 
@@ -122,3 +122,32 @@ def test_the_first_function_is_due_before_what_follows_it() -> None:
     assert found.due(FUNCTION, 100, NOW + 10.0, NOW) == NOW + 7.0
     assert found.due(FUNCTION, 100, None, NOW) is None
     assert quoter().due(FUNCTION, 100, NOW + 10.0, NOW) == NOW + 10.0
+
+
+# ---------------------------------------------------------------- what is ahead
+
+
+def test_before_anything_has_ended_the_slots_tell_the_pace() -> None:
+    assert pace(0, 0.0, 80.0) == 80.0
+
+
+def test_what_was_seen_outweighs_what_was_expected() -> None:
+    assert pace(2000, 100.0, 80.0) == pytest.approx(20.0, rel=0.05)
+    assert 20.0 < pace(10, 0.5, 80.0) < 80.0
+
+
+def test_while_a_slot_is_free_nothing_is_ahead() -> None:
+    assert ahead_s(3, 4, 80.0, 0.0) == 0.0
+    assert ahead_s(4, 4, 80.0, 0.0) == pytest.approx(1 / 80)
+    assert ahead_s(803, 4, 80.0, 0.0) == pytest.approx(10.0)
+
+
+def test_what_was_counted_a_while_ago_has_ended_in_part() -> None:
+    assert ahead_s(803, 4, 80.0, 2.0) == pytest.approx(8.0)
+    assert ahead_s(803, 4, 80.0, 3600.0) == 0.0
+
+
+def test_a_function_needs_a_slot_for_its_mean_duration() -> None:
+    knows = quoter(run=Expected(1.0, 1.0, 1.0, 50))
+    assert knows.need_s("default", "f", "v1", 100) == 1.0
+    assert knows.need_s("default", "g", "v1", 100) is None

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from infra import replaying
 from streams.stored import Stored
 from streams.topology import done_subject
 from tests.commands import Run
-from tests.doors import Door, Doors
+from tests.doors import Door
 from tests.platforms import UpProcess
 
 T = 1_700_000_000.0
@@ -178,14 +177,6 @@ def test_the_same_records_give_the_same_report_byte_for_byte(name: str) -> None:
 
 
 # ---------------------------------------------------------------- the endpoint
-
-
-@pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Door]:
-    async with Doors(tmp_path) as doors:
-        opened = await doors.open()
-        await opened.deploy()
-        yield opened
 
 
 def outcome(number: int, *, tenant: str = "default", **fields: Any) -> Outcome:

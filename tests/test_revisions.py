@@ -248,11 +248,7 @@ def test_a_key_is_looked_for_in_json_only() -> None:
 # ---------------------------------------------------------------- what follows
 
 
-def accept(event_id: str, data: dict[str, Any], key: str = "k") -> Admitted:
-    """Admit a notice on a route that counts its notices."""
-    event = EventMeta(id=event_id, source="/s", type="org.test", subject=key)
-    payload = Payload(body=json.dumps(data).encode())
-    alerts = route(**COUNTED)
+def admitted(alerts: RouteRecord, event: EventMeta, payload: Payload) -> Admitted:
     return admit(
         event=event,
         payload=payload,
@@ -264,6 +260,12 @@ def accept(event_id: str, data: dict[str, Any], key: str = "k") -> Admitted:
         deadline=None,
         revises=standing(alerts, event, payload),
     )
+
+
+def accept(event_id: str, data: dict[str, Any], key: str = "k") -> Admitted:
+    """Admit a notice on a route that counts its notices."""
+    event = EventMeta(id=event_id, source="/s", type="org.test", subject=key)
+    return admitted(route(**COUNTED), event, Payload(body=json.dumps(data).encode()))
 
 
 INITIAL, UPDATE, GONE = accept("i", {"n": 1}), accept("u", {"n": 2}), accept("r", {"n": 3, "kind": "withdrawn"})
@@ -559,18 +561,7 @@ async def test_a_chain_of_voevents_ends_the_same_in_every_order() -> None:
     def packet(name: str, *citations: tuple[str, str]) -> Admitted:
         body = voevent(*citations, name=name)
         event = EventMeta(id=name, source="/s", type="org.test")
-        payload = Payload(type="application/xml", body=body)
-        return admit(
-            event=event,
-            payload=payload,
-            digest="",
-            route=alerts,
-            function=stories.function(),
-            tenant="default",
-            now=1000.0,
-            deadline=None,
-            revises=standing(alerts, event, payload),
-        )
+        return admitted(alerts, event, Payload(type="application/xml", body=body))
 
     a, b, c = packet("a"), packet("b", ("a", "supersedes")), packet("c", ("b", "retraction"))
     orders = list(permutations([a, b, c]))

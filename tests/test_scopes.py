@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec import structs
+
 from functions.scopes import Fill, Scope, tally, upward
+from headrace.joblog import JOB
 from headrace.model import ErrorInfo
+from headrace.names import invocation_id
 from headrace.wire import Gather, Invocation, Outcome, RunEnd, Slot, decode
 from streams.log import Record
 
@@ -106,6 +110,24 @@ def test_a_failed_member_fails_the_run_instead_of_starting_the_join() -> None:
     assert ended.state == "failed"
     assert ended.error is not None
     assert ended.error.message == "1 of 2 branches failed; the first: user: broken"
+
+
+def test_of_jobs_that_were_submitted_together_it_is_told_as_of_jobs() -> None:
+    scope = Scope(size=3)
+    lost = [fill(index, size=3, failed=index == 0) for index in range(3)]
+    count(scope, *lost)
+    made = structs.replace(OUTCOME, function=JOB, invocation_id=invocation_id("s", 2))
+    step = upward(scope, structs.replace(lost[2], outcome=made))
+    assert isinstance(step, Record)
+    error = decode(step.body, RunEnd).error
+    assert error is not None
+    assert (error.kind, error.message) == ("jobs", "1 of 3 jobs failed; the first: user: broken")
+    alone = structs.replace(
+        made, invocation_id=invocation_id("root", 2)
+    )  # one of several things that a function asked for
+    step = upward(scope, structs.replace(lost[2], outcome=alone))
+    assert isinstance(step, Record)
+    assert "branches" in str(decode(step.body, RunEnd).error)
 
 
 def test_a_scope_that_is_not_full_leads_nowhere() -> None:

@@ -126,6 +126,7 @@ def test_a_function_may_have_several_routes_under_names_of_their_own() -> None:
     [
         ({"timeout": "soon"}, "'soon' is not a duration"),
         ({"timeout": "0s"}, "is not a duration"),
+        ({"timeout": "9999h"}, "'9999h' is longer than 366 days"),
         ({"retries": -1}, "retries: -1"),
         ({"retries": True}, "retries: True"),
         ({"name": "not a name"}, "is not a valid function name"),
@@ -135,6 +136,12 @@ def test_an_impossible_option_is_refused_where_it_is_written(options: dict[str, 
     with pytest.raises(BadRequest, match=says) as caught:
         function(**options)(lambda x: x)  # type: ignore[call-overload] # wrong on purpose
     assert caught.value.hint
+
+
+def test_a_route_without_parentheses_says_how_to_write_it() -> None:
+    with pytest.raises(BadRequest, match="no parentheses") as caught:
+        on(lambda x: x)
+    assert "@on()" in caught.value.hint
 
 
 def test_a_lambda_needs_a_name() -> None:

@@ -52,11 +52,59 @@ def test_without_a_file_the_site_is_this_machine(tmp_path: Path) -> None:
         (GOOD + 'settle_s = "soon"\n', "settle_s"),
         (GOOD + "environment = 3\n", "environment"),
         (GOOD + 'launcher = "rocket"\n', "rocket"),
+        (GOOD + 'queue = "gpu\\n#SBATCH --array=0-3"\n', "queue holds a control character"),
+        (GOOD + 'account = ""\n', "account is empty"),
+        (GOOD + '[environment]\n"-u" = "x"\n', "environment: '-u' is not the name of a variable"),
+        (GOOD + '[job_environment]\n"A=B" = "x"\n', "job_environment: 'A=B' is not the name of a variable"),
+        (GOOD + "unseen_s = inf\n", "unseen_s is inf"),
+        (GOOD + "settle_s = nan\n", "settle_s is nan"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(BadSetting, match=said):
         read_site(written(tmp_path, text), "lab")
+
+
+@pytest.mark.parametrize(
+    "work", ["/scratch/$USER/hr", "/scratch/a b", "/scratch/it's", "/x;y", "/a:b", "/50%j", "/~me/x"]
+)
+def test_a_folder_that_a_script_would_read_as_another_is_refused(tmp_path: Path, work: str) -> None:
+    with pytest.raises(BadSetting, match="another folder") as caught:
+        read_site(written(tmp_path, f'kind = "slurm"\nwork = "{work}"\n'), "lab")
+    assert caught.value.hint is not None
+    assert "Write it out" in caught.value.hint
+
+
+@pytest.mark.parametrize("work", ["~/hr", "$SCRATCH/hr"])
+def test_a_folder_that_begins_with_a_variable_is_not_absolute(tmp_path: Path, work: str) -> None:
+    with pytest.raises(BadSetting, match="not absolute"):
+        read_site(written(tmp_path, f'kind = "slurm"\nwork = "{work}"\n'), "lab")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('duration_s = "1 day"', '"500ms", "60s"'),
+        ("duration_s = true", '"15s"'),
+        ('container = "docker"', "apptainer or podman"),
+        ('jobs_max = "many"', "whole number"),
+        ("queue = 3", "a queue or partition"),
+        ("environment = 3", "[environment]"),
+        ("job_environment = {PATH = 3}", "[job_environment]"),
+    ],
+)
+def test_the_hint_is_about_the_field(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(BadSetting) as caught:
+        read_site(written(tmp_path, f"{GOOD}{line}\n"), "lab")
+    assert line.partition(" ")[0] in str(caught.value)
+    assert said in (caught.value.hint or "")
+
+
+def test_the_folders_of_jobs_are_kept_for_as_long_as_jobs_may_wait(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD + 'keep_s = "1h"\n')
+    with pytest.raises(BadSetting, match="keep_s is 3600 s"):
+        site_of(Settings(data_dir=tmp_path, site="lab", site_config=path))
+    assert site_of(Settings(data_dir=tmp_path, site="lab", site_config=path, work_age_max_s=3600.0)).keep_s == 3600.0
 
 
 def test_a_wrong_file_ends_the_command_with_its_words(tmp_path: Path) -> None:

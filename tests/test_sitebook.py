@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.errors import Unavailable
+from headrace.errors import Conflict, Unavailable
 from headrace.joblog import Report, SiteRecord
 from headrace.wire import encode
 from streams.log import Log, Record
@@ -16,8 +16,9 @@ from streams.topology import report_subject
 from tests.doubles import MemoryTable
 from tests.sites import shell
 from workers.reports import hear
-from workers.sitebook import UNREACHABLE_S, WRITE_S, SiteBook
-from workers.sites.base import Capacity, JobStatus, Known, SiteConfig, SiteUnreachable, Submission
+from workers.sitebook import REFUSED_S, UNREACHABLE_S, WRITE_S, SiteBook
+from workers.sites.base import Capacity, JobStatus, Known, SiteConfig, SiteUnreachable, Submission, SubmitBusy
+from workers.workfolder import WorkFolder
 
 
 class Clock:
@@ -57,10 +58,11 @@ class Machine:
             jobs_running=0,
         )
         self.away = False
+        self.hint = ""
 
     async def capacity(self) -> Capacity | None:
         if self.away:
-            raise SiteUnreachable("slurmctld does not answer")
+            raise SiteUnreachable("slurmctld does not answer", hint=self.hint)
         return self.has
 
     async def submit(self, job: Submission) -> str:
@@ -69,13 +71,13 @@ class Machine:
     async def submit_array(self, array_id: str, jobs: Sequence[Submission]) -> dict[str, str]:
         raise AssertionError
 
-    async def find(self, job_id: str, folder: Path) -> str | None:
+    async def find(self, job_id: str, folder: Path, place: int | None = None) -> str | None:
         raise AssertionError
 
     async def status(self, jobs: Sequence[Known]) -> dict[str, JobStatus]:
         raise AssertionError
 
-    async def cancel(self, native_ids: Sequence[str]) -> None:
+    async def cancel(self, jobs: Sequence[Known]) -> None:
         raise AssertionError
 
 
@@ -94,8 +96,18 @@ def machine() -> Machine:
     return Machine()
 
 
-def book(rows: Rows, machine: Machine, clock: Clock) -> SiteBook:
-    return SiteBook(rows, machine.config, machine, "agent/lab/here", clock)
+class Folder(WorkFolder):
+    """A work folder that says of itself what the test wants."""
+
+    why = ""
+
+    async def trouble(self) -> str:
+        return self.why
+
+
+def book(rows: Rows, machine: Machine, clock: Clock, folder: Folder | None = None, agent: str = "here") -> SiteBook:
+    work = folder or Folder(machine.config)
+    return SiteBook(rows, machine.config, machine, work, f"agent/lab/{agent}", clock)
 
 
 async def test_the_row_tells_what_the_batch_system_has(rows: Rows, machine: Machine, clock: Clock) -> None:
@@ -195,3 +207,80 @@ async def test_the_reports_of_a_site_are_heard_and_those_of_others_are_not(log: 
     finally:
         hearing.cancel()
         await asyncio.gather(hearing, return_exceptions=True)
+
+
+# ---------------------------------------------------------------- trouble
+
+
+async def test_the_first_look_that_fails_is_told_at_once_with_its_cure(
+    rows: Rows, machine: Machine, clock: Clock
+) -> None:
+    machine.away = True
+    machine.hint = "Set `environment` with its PATH."
+    kept = book(rows, machine, clock)
+    await kept.look()
+    row = rows.rows["lab"]
+    assert (row.status, row.detail) == ("unknown", "slurmctld does not answer. Set `environment` with its PATH.")
+    machine.away = False
+    clock.now += 5.0
+    await kept.look()
+    assert rows.rows["lab"].status == "up"
+
+
+async def test_a_work_folder_that_cannot_be_written_to_is_told(rows: Rows, machine: Machine, clock: Clock) -> None:
+    folder = Folder(machine.config)
+    kept = book(rows, machine, clock, folder)
+    folder.why = "No space left on device"
+    await kept.look()
+    row = rows.rows["lab"]
+    assert (row.status, row.detail) == ("down", "its work folder: No space left on device")
+    assert row.gpus_total == 16
+    folder.why = ""
+    clock.now += 5.0
+    await kept.look()
+    assert rows.rows["lab"].status == "up"
+
+
+async def test_a_batch_system_that_takes_no_jobs_is_told_until_it_takes_one(
+    rows: Rows, machine: Machine, clock: Clock
+) -> None:
+    kept = book(rows, machine, clock)
+    busy, away = SubmitBusy("full"), SiteUnreachable("sacct does not answer")
+    for told, word in (
+        ([busy], "up"),
+        ([busy, away], "degraded"),
+        (["17", away], "up"),  # it takes some
+        ([away], "degraded"),
+        ([busy], "degraded"),
+        (["17"], "up"),
+    ):
+        kept.submitted(told)  # type: ignore[arg-type] # lists of several kinds
+        clock.now += 5.0
+        await kept.look()
+        assert rows.rows["lab"].status == word, told
+    kept.submitted([away])
+    await kept.look()
+    assert rows.rows["lab"].detail == "jobs cannot be submitted: sacct does not answer"
+    clock.now += REFUSED_S
+    await kept.look()
+    assert rows.rows["lab"].status == "up"
+
+
+async def test_of_two_sites_that_began_at_once_one_gives_way(
+    rows: Rows, machine: Machine, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    books: list[SiteBook] = []
+    for name in ("a", "b", "a"):
+        folder = Folder(machine.config)
+        folder.id = name
+        books.append(book(rows, machine, clock, folder, f"host{len(books)}"))
+    first, second, beside = books
+    for each in books:
+        await each.look()
+    for each in (beside, first):  # one site, two agents
+        clock.now += WRITE_S
+        await each.look()
+    assert "agent/lab/host2 speaks for site lab, too" in caplog.text
+    clock.now += WRITE_S
+    with pytest.raises(Conflict, match="the name lab is taken"):
+        await second.look()

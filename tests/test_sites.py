@@ -6,22 +6,29 @@ import pytest
 from msgspec import structs
 
 from functions.sites import (
+    ENDED,
     GONE_S,
     INCIDENTS_MAX,
     SILENT,
     SILENT_S,
+    UNHEARD,
     WAITS_MAX,
+    WORK_FOLDER,
+    Trouble,
+    awaited,
     incidents,
     seen,
     shape_of,
     status,
     wait_of,
     waited,
+    why_waits,
 )
 from headrace.joblog import SiteRecord
 from headrace.jobs import JobAttributes, JobSpec, Resources
 from headrace.model import SiteView
 from infra import doctor
+from streams.topology import STREAM, jobs_consumer
 
 
 def look(at: float, **found: object) -> SiteRecord:
@@ -43,7 +50,7 @@ def look(at: float, **found: object) -> SiteRecord:
     ],
 )
 def test_the_status_follows_from_what_was_seen(found: dict[str, object], problem: str, word: str, why: str) -> None:
-    record = seen(look(100.0, **found), None, problem)
+    record = seen(look(100.0, **found), None, Trouble("down", problem) if problem else None)
     told, because = status(record, 100.0)
     assert told == word
     assert why in because
@@ -152,6 +159,13 @@ def test_no_more_waits_are_kept_than_the_newest() -> None:
         (SiteView(name="lab", kind="slurm", status="up"), "ok", "lab (slurm) is up"),
         (SiteView(name="lab", kind="slurm", status="down", detail=SILENT), "warning", "headrace agent --site lab"),
         (SiteView(name="lab", kind="slurm", status="down", detail="no queue"), "warning", "is down: no queue"),
+        (SiteView(name="typo", kind="", status="unknown", detail=UNHEARD), "warning", "headrace agent --site typo"),
+        (SiteView(name="pilot", kind="local", status="down", detail=ENDED), "ok", "its allocation has ended"),
+        (
+            SiteView(name="lab", kind="slurm", status="down", detail=f"{WORK_FOLDER}: No space left on device"),
+            "warning",
+            "No space left on device Free some space there",
+        ),
     ],
 )
 def test_the_doctor_tells_how_a_site_is_and_what_to_do(view: SiteView, state: str, said: str) -> None:
@@ -159,3 +173,39 @@ def test_the_doctor_tells_how_a_site_is_and_what_to_do(view: SiteView, state: st
     assert found.state == state
     assert said in f"{found.detail} {found.cure}"
     assert bool(found.cure) == (state != "ok")
+
+
+def test_the_doctor_says_for_how_long_a_site_has_not_been_up() -> None:
+    view = SiteView(name="lab", kind="slurm", status="down", detail=SILENT, gpus={"total": 12})
+    found = doctor.site_finding(view, 90.0)
+    assert (found.state, found.detail) == ("warning", "lab (slurm) is down, for 1 min 30 s: its agent says nothing")
+    idle = doctor.site_finding(SiteView(name="here", kind="local", status="up", gpus={"total": 0, "free": 0}))
+    assert idle.detail == "here (local) is up"
+    found = doctor.site_finding(view, 4 * 3600.0)
+    assert found.state == "failed"
+    assert "for 4 h 0 min" in found.detail
+    assert "headrace site remove lab" in found.cure
+
+
+def test_the_doctor_names_the_sites_for_which_jobs_wait_and_no_agent_asks() -> None:
+    consumers = [
+        {"name": jobs_consumer("away", "a"), "num_pending": 2, "num_ack_pending": 1, "num_waiting": 0},
+        {"name": jobs_consumer("away", "b"), "num_pending": 1},
+        {"name": jobs_consumer("busy", "a"), "num_pending": 5, "num_waiting": 1},
+        {"name": jobs_consumer("idle", "a"), "num_pending": 0},
+        {"name": "work-3-a", "num_pending": 7},
+    ]
+    state = {"account_details": [{"stream_detail": [{"name": STREAM, "consumer_detail": consumers}]}]}
+    (found,) = doctor._jobs(state)
+    assert (found.state, found.detail) == ("warning", "4 wait for away, and no agent asks for them")
+
+
+def test_why_a_job_waits_is_told_where_its_site_does_not_take_it() -> None:
+    assert why_waits("typo", None, 0.0) == "it waits for site typo, which is not known"
+    assert why_waits("typo", awaited("typo", 0.0), 9999.0) == "it waits for site typo, which is not known"
+    lab = SiteRecord(name="lab", kind="slurm", at=0.0, since=0.0)
+    assert why_waits("lab", lab, 0.0) == ""
+    assert why_waits("lab", lab, SILENT_S) == "it waits for site lab, which is unknown: its agent says nothing"
+    assert (
+        why_waits("lab", structs.replace(lab, accepts=False), 0.0) == "it waits for site lab, which takes no more jobs"
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
-from headrace.jobs import Resources
+from headrace.jobs import JobSpec, Resources
 from tests.sites import ended, known, reached, shell, submission, timed
 from workers.sites import open_site
 from workers.sites.base import Known, SiteConfig, SubmitBusy, SubmitRejected
@@ -54,6 +56,18 @@ async def test_exit_codes_and_signals_are_told_apart(
     assert (told.state, told.reason, told.exit_code) == ("failed", reason, code)
 
 
+async def test_the_folder_of_a_job_may_have_a_path_that_a_shell_would_read_otherwise(tmp_path: Path) -> None:
+    odd = tmp_path / "My 'own' $(project)"
+    odd.mkdir()
+    site = Local(SiteConfig(name="here", kind="local", work=str(odd / "work")))
+    several = msgspec.structs.replace(shell("pwd"), resources=Resources(process_count=2), launcher="multiple")
+    for name, spec in (("one", shell("pwd")), ("two", several)):
+        job = submission(odd, name, spec)
+        told = (await ended(site, known(job, await site.submit(job))))[name]
+        assert (told.state, told.exit_code) == ("completed", 0)
+        assert set((job.folder / "stdout.txt").read_text().splitlines()) == {str(job.folder)}
+
+
 async def test_walltime_ends_every_process_of_the_job_and_nothing_else(site: Local, tmp_path: Path) -> None:
     bystander = submission(tmp_path, "bystander", shell("sleep 30"))
     other = known(bystander, await site.submit(bystander))
@@ -62,9 +76,23 @@ async def test_walltime_ends_every_process_of_the_job_and_nothing_else(site: Loc
     assert (told.state, told.reason) == ("failed", "walltime")
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "97"]]
     assert (await site.status([other]))["bystander"].state == "active"
-    await site.cancel([other.native_id])
+    await site.cancel([other])
     told = (await ended(site, other))["bystander"]
     assert (told.state, told.reason) == ("canceled", "canceled")
+
+
+async def test_a_program_that_takes_too_much_memory_is_told_from_one_that_was_killed(
+    site: Local, tmp_path: Path
+) -> None:
+    lines = "import sys, time; held = bytearray(int(sys.argv[1]) << 20); time.sleep(60)"
+    spec = JobSpec(executable=sys.executable, arguments=["-c", lines, "200"], resources=Resources(memory=100 << 20))
+    greedy = submission(tmp_path, "greedy", spec)
+    modest = submission(tmp_path, "modest", msgspec.structs.replace(spec, arguments=["-c", lines, "20"]))
+    asked = [known(job, await site.submit(job)) for job in (greedy, modest)]
+    told = (await ended(site, asked[0]))["greedy"]
+    assert (told.state, told.reason) == ("failed", "out_of_memory")
+    assert (await site.status([asked[1]]))["modest"].state == "active"
+    await site.cancel([asked[1]])
 
 
 async def test_gpus_are_given_out_one_by_one(site: Local, tmp_path: Path) -> None:
@@ -76,7 +104,7 @@ async def test_gpus_are_given_out_one_by_one(site: Local, tmp_path: Path) -> Non
     with pytest.raises(SubmitBusy, match="0 GPUs free"):
         await site.submit(jobs[2])
     assert (await site.capacity()).gpus_free == 0
-    await site.cancel([asked[0].native_id])
+    await site.cancel([asked[0]])
     await ended(site, asked[0])
     asked.append(known(jobs[2], await site.submit(jobs[2])))
     while not (jobs[2].folder / "stdout.txt").exists() or not (jobs[2].folder / "stdout.txt").read_text():
@@ -84,19 +112,19 @@ async def test_gpus_are_given_out_one_by_one(site: Local, tmp_path: Path) -> Non
     devices = [(job.folder / "stdout.txt").read_text().strip() for job in jobs]
     assert sorted(devices[:2]) == ["0,1", "2,3"]
     assert devices[2] == devices[0]
-    await site.cancel([job.native_id for job in asked])
+    await site.cancel(asked)
     with pytest.raises(SubmitRejected, match="4 GPUs"):
         await site.submit(submission(tmp_path, "huge", shell("true", Resources(gpu_cores_per_process=5))))
 
 
 async def test_a_machine_takes_only_as_many_jobs_as_it_has_places(site: Local, tmp_path: Path) -> None:
     jobs = [submission(tmp_path, f"place{i}", shell("sleep 30")) for i in range(5)]
-    native = [await site.submit(job) for job in jobs[:4]]
+    asked = [known(job, await site.submit(job)) for job in jobs[:4]]
     with pytest.raises(SubmitBusy, match="runs 4 jobs"):
         await site.submit(jobs[4])
-    await site.cancel(native)
-    await ended(site, *(known(job, native_id) for job, native_id in zip(jobs, native, strict=False)))
-    await site.cancel([await site.submit(jobs[4])])
+    await site.cancel(asked)
+    await ended(site, *asked)
+    await site.cancel([known(jobs[4], await site.submit(jobs[4]))])
 
 
 async def test_several_processes_each_know_their_number(site: Local, tmp_path: Path) -> None:
@@ -158,6 +186,79 @@ async def test_what_a_program_leaves_behind_ends_with_its_job(site: Local, tmp_p
     told = (await ended(site, known(job, await site.submit(job))))["leaves"]
     assert (told.state, told.exit_code) == ("failed", 2)
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "98"]]
+
+
+def sleeping(seconds: str) -> list[psutil.Process]:
+    """Return the processes that sleep for so long."""
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["/bin/sleep", seconds]]
+
+
+@pytest.fixture
+def seconds() -> Iterator[str]:
+    """A time to sleep for by which nobody else's process is found."""
+    unique = str(secrets.randbelow(10**8) + 10**8)
+    yield unique
+    for process in sleeping(unique):
+        process.kill()
+
+
+@pytest.mark.parametrize("how", ["alone", "child", "session", "loop"])
+async def test_a_program_with_a_clean_environment_ends_with_its_job(
+    site: Local, tmp_path: Path, how: str, seconds: str
+) -> None:
+    script = {
+        "alone": f"exec env -i /bin/sleep {seconds}",
+        "child": f"env -i /bin/sleep {seconds}; true",
+        "session": f"env -i setsid /bin/sleep {seconds} & wait",
+        "loop": f"exec env -i /bin/sh -c 'trap : TERM; while :; do /bin/sleep {seconds} & wait; done'",
+    }[how]
+    for word, duration in (("canceled", "1h"), ("over", "500ms")):
+        job = submission(tmp_path, f"{how}-{word}", timed(shell(script), duration))
+        asked = known(job, await site.submit(job))
+        while not sleeping(seconds):
+            await asyncio.sleep(0.02)
+        if word == "canceled":
+            await site.cancel([asked])
+        told = (await ended(site, asked))[job.job_id]
+        assert told.reason == ("canceled" if word == "canceled" else "walltime"), told
+        assert not sleeping(seconds)
+
+
+async def test_what_a_program_leaves_behind_with_a_clean_environment_ends_with_its_job(
+    site: Local, tmp_path: Path, seconds: str
+) -> None:
+    bystander = subprocess.Popen(["/bin/sleep", f"1{seconds}"])  # noqa: ASYNC220 - it is nobody's
+    job = submission(tmp_path, "leaves-clean", shell(f"env -i /bin/sleep {seconds} & sleep 0.2"))
+    told = (await ended(site, known(job, await site.submit(job))))[job.job_id]
+    assert told.state == "completed"
+    assert not sleeping(seconds)
+    assert sleeping(f"1{seconds}")
+    bystander.kill()
+    bystander.wait()
+
+
+async def test_of_several_processes_each_has_to_end_well(site: Local, tmp_path: Path) -> None:
+    script = '[ "$_PSI_J_PROCESS_INDEX_" != 1 ] || exit 4'
+    job = submission(tmp_path, "one-fails", shell(script, Resources(process_count=3)))
+    told = (await ended(site, known(job, await site.submit(job))))["one-fails"]
+    assert (told.state, told.reason, told.exit_code) == ("failed", "exit_code", 4)
+
+
+@pytest.mark.parametrize("wanted", [Resources(memory=1 << 60), Resources(process_count=2, cpu_cores_per_process=9999)])
+async def test_what_this_machine_does_not_have_is_refused(site: Local, tmp_path: Path, wanted: Resources) -> None:
+    with pytest.raises(SubmitRejected, match=r"here has \d+ (bytes of memory|cores)"):
+        await site.submit(submission(tmp_path, "vast", shell("true", wanted)))
+
+
+@pytest.mark.parametrize(
+    "damage", ["echo a b c >claim", "rm claim; mkfifo claim", "echo a b c >ended; sleep 60", "rm claim; sleep 60"]
+)
+async def test_a_damaged_record_is_none_and_hides_no_other_job(site: Local, tmp_path: Path, damage: str) -> None:
+    odd = submission(tmp_path, "odd", timed(shell(f"cd .headrace; {damage}; exit 3"), "2s"))
+    fine = submission(tmp_path, "fine", shell("true"))
+    asked = [known(job, await site.submit(job)) for job in (odd, fine)]
+    assert (await ended(site, asked[1]))["fine"].state == "completed"
+    assert (await ended(site, asked[0]))["odd"].state == "failed"
 
 
 async def test_a_job_that_vanished_is_lost_and_not_completed(site: Local, tmp_path: Path) -> None:

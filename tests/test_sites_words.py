@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from headrace.errors import BadRequest
-from headrace.jobs import REASONS, JobSpec, Resources
+from headrace.jobs import REASONS, JobSpec, Reason, Resources
 from workers.sites import open_site
-from workers.sites.base import JobStatus, SiteConfig
-from workers.sites.batch import judge
+from workers.sites.base import JobStatus, Known, SiteConfig
+from workers.sites.batch import judge, may_end
 from workers.sites.executors import command
+from workers.sites.flux import parse_jobs as parse_flux
+from workers.sites.lsf import parse_queue as parse_lsf
+from workers.sites.pbs import PBS_PRO, TORQUE, job_status, parse_jobs
 from workers.sites.records import Claim, Ended, Records
 from workers.sites.slurm import (
     STATES,
@@ -134,6 +138,181 @@ def test_a_site_is_open_as_its_default_partition_is() -> None:
     assert not is_open("")
 
 
+# ---------------------------------------------------------------- PBS, LSF and Flux
+
+# As PBS Professional's manual has it: long values go on after a tab, and what follows is no part of them.
+PBS_JOBS = """\
+Job Id: 12.pbs01
+    Job_Name = hr-long
+    resources_used.walltime = 00:10:04
+    job_state = F
+    exec_host = n1/0*4+n2/0*4
+    Resource_List.walltime = 00:10:00
+    run_count = 1
+    substate = 93
+    comment = Job run at Sat Nov 21 at 18:00 on (n1:ncpus=4)+(n2:ncpus=4) and ex
+\tceeded resource walltime
+    Exit_status = -29
+
+Job Id: 13[2].pbs01
+    job_state = R
+    run_count = 2
+    Variable_List = PBS_O_HOME=/home/u,WORD="a = b"
+\t,Exit_status = 7
+
+qstat: odd line
+Job Id: 14.pbs01
+    job_state = Q
+    comment = Not Running: Insufficient amount of resource: ngpus
+"""
+
+
+def test_jobs_of_pbs_are_read_from_its_plain_format() -> None:
+    told = {native_id: job_status(native_id, job, PBS_PRO) for native_id, job in parse_jobs(PBS_JOBS).items()}
+    assert {native_id: (job.state, job.reason, job.exit_code) for native_id, job in told.items()} == {
+        "12.pbs01": ("failed", "walltime", None),
+        "13[2].pbs01": ("active", "", None),
+        "14.pbs01": ("queued", "", None),
+    }
+    assert told["12.pbs01"].detail.endswith("and exceeded resource walltime")
+    assert (told["12.pbs01"].nodes, told["13[2].pbs01"].restarts) == ("n1,n2", 1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("Exit_status = 0|substate = 92", ("completed", "", 0)),
+        ("Exit_status = 3|substate = 93", ("failed", "exit_code", 3)),
+        ("Exit_status = 137|substate = 93", ("failed", "signal", 137)),
+        ("Exit_status = 265|substate = 93", ("failed", "signal", 137)),
+        ("Exit_status = 271|substate = 91", ("canceled", "canceled", None)),
+        ("substate = 91", ("canceled", "canceled", None)),
+        ("substate = 93", ("failed", "launch", None)),
+        ("Exit_status = -1|substate = 93", ("failed", "launch", None)),
+        ("Exit_status = -20|substate = 93", ("failed", "node_failure", None)),
+        ("Exit_status = -27|substate = 93", ("failed", "out_of_memory", None)),
+        ("Exit_status = -29|substate = 93", ("failed", "walltime", None)),
+        # Older ones end a job for a limit as anybody would, and only the numbers tell.
+        (
+            "Exit_status = 271|substate = 91|resources_used.walltime = 01:00:03|Resource_List.walltime = 01:00:00",
+            ("failed", "walltime", None),
+        ),
+        (
+            "Exit_status = 265|substate = 93|resources_used.mem = 1050624kb|Resource_List.mem = 1gb",
+            ("failed", "out_of_memory", None),
+        ),
+    ],
+)
+def test_ends_of_jobs_of_pbs_professional(lines: str, expected: tuple[str, str, int | None]) -> None:
+    assert pbs_end("F", lines, PBS_PRO) == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("exit_status = 0", ("completed", "", 0)),
+        ("exit_status = 271", ("canceled", "canceled", None)),
+        ("exit_status = 267", ("failed", "signal", 139)),
+        ("exit_status = -10", ("failed", "out_of_memory", None)),
+        ("exit_status = -11", ("failed", "walltime", None)),
+        ("exit_status = -4", ("failed", "node_failure", None)),
+        (
+            "exit_status = 271|resources_used.walltime = 00:01:02|Resource_List.walltime = 00:01:00",
+            ("failed", "walltime", None),
+        ),
+    ],
+)
+def test_ends_of_jobs_of_torque(lines: str, expected: tuple[str, str, int | None]) -> None:
+    assert pbs_end("C", lines, TORQUE) == expected
+
+
+def pbs_end(state: str, lines: str, reasons: Mapping[int, Reason]) -> tuple[str, str, int | None]:
+    text = "\n".join(["Job Id: 1", f"    job_state = {state}", *(f"    {line}" for line in lines.split("|"))])
+    told = job_status("1", parse_jobs(text)["1"], reasons)
+    return told.state, told.reason, told.exit_code
+
+
+LSF_QUEUE = """\
+7|0|PEND|-|-|hr-a|-|Job dependency condition not satisfied;
+8|0|PSUSP|-|-|hr-a|-|The job was suspended by the user while pending;
+9|3|RUN|-|4*node1:4*node2|hr-a[3]|-|-
+10|0|DONE|-|node1|hr-a|-|-
+11|0|EXIT|3|node1|hr-a|-|-
+12|0|EXIT|137|node1|hr-a|-|-
+13|0|EXIT|140|node1|hr-a|TERM_RUNLIMIT: job killed after reaching LSF run time limit|-
+14|0|EXIT|137|node1|hr-a|TERM_MEMLIMIT: job killed after reaching LSF memory usage limit|-
+15|0|EXIT|130|node1|hr-a|TERM_OWNER: job killed by owner|-
+16|0|EXIT|143|node1|hr-a|TERM_ZOMBIE: job exited while LSF is not available|-
+17|0|EXIT|130|node1|hr-a|TERM_PREEMPT: job killed after preemption|-
+18|0|UNKWN|-|node1|hr-a|-|-
+19|0|EXIT|137|node1|hr-a|TERM_EXTERNAL_SIGNAL: job killed by a signal external to LSF|-
+20|0|NEWER|-|node1|hr-a|-|-
+Cannot connect to LSF. Please wait ...
+"""
+
+
+def test_jobs_of_lsf_are_told_apart() -> None:
+    told = parse_lsf(LSF_QUEUE)
+    assert {native_id: (job.state, job.reason, job.exit_code) for native_id, job in told.items()} == {
+        "7": ("queued", "", None),
+        "8": ("held", "", None),
+        "9[3]": ("active", "", None),
+        "10": ("completed", "", 0),
+        "11": ("failed", "exit_code", 3),
+        "12": ("failed", "signal", 137),
+        "13": ("failed", "walltime", None),
+        "14": ("failed", "out_of_memory", None),
+        "15": ("canceled", "canceled", None),
+        "16": ("failed", "node_failure", None),
+        "17": ("failed", "preempted", None),
+        "18": ("active", "", None),
+        "19": ("failed", "signal", 137),
+        "20": ("active", "", None),
+    }
+    assert told["9[3]"].nodes == "node1,node2"
+    assert "run time limit" in told["13"].detail
+
+
+FLUX_JOBS = """\
+1|SCHED|16||0.0|0.0||||hr-a|
+2|SCHED|0||0.0|0.0||||hr-a|
+3|RUN|16||1795275184.5|0.0|n[1-2]|||hr-a|
+4|COMPLETED|16|0|1795275184.5|1795275190.5|n1|||hr-a|
+5|FAILED|16|3|1795275184.5|1795275190.5|n1|||hr-a|
+6|FAILED|16|137|1795275184.5|1795275190.5|n1|||hr-a|
+7|FAILED|16|-9|1795275184.5|1795275190.5|n1|||hr-a|
+8|CANCELED|16|143|1795275184.5|1795275190.5|n1|cancel|0|hr-a|
+9|CANCELED|16|-128|0.0|1795275190.5||cancel|0|hr-a|
+10|TIMEOUT|16|142|1795275184.5|1795275190.5|n1|timeout|0|hr-a|resource allocation expired
+11|FAILED|16|143|1795275184.5|1795275190.5|n1|node-failure|2|hr-a|lost contact with job shell on n1 (rank 3)
+12|FAILED|16|143|1795275184.5|1795275190.5|n1|exec|0|hr-a|lost contact with job shell on n1 (rank 3) | again
+13|FAILED|16|127|0.0|1795275190.5|n1|exec|0|hr-a|task 0: start failed
+14|NEWER|16||0.0|0.0||||hr-a|
+flux-jobs: ERROR: JobID 15 unknown
+"""
+
+
+def test_jobs_of_flux_are_told_apart() -> None:
+    told = parse_flux(FLUX_JOBS)
+    assert {native_id: (job.state, job.reason, job.exit_code) for native_id, job in told.items()} == {
+        "1": ("queued", "", None),
+        "2": ("held", "", None),
+        "3": ("active", "", None),
+        "4": ("completed", "", 0),
+        "5": ("failed", "exit_code", 3),
+        "6": ("failed", "signal", 137),
+        "7": ("failed", "signal", 137),
+        "8": ("canceled", "canceled", None),
+        "9": ("canceled", "canceled", None),
+        "10": ("failed", "walltime", None),
+        "11": ("failed", "node_failure", None),
+        "12": ("failed", "node_failure", None),
+        "13": ("failed", "launch", None),
+        "14": ("active", "", None),
+    }
+    assert (told["4"].started_at, told["4"].ended_at, told["9"].started_at) == (1795275184.5, 1795275190.5, None)
+
+
 # ---------------------------------------------------------------- judging
 
 CLAIM = Claim("7", 100.0, "n1")
@@ -163,6 +342,55 @@ def test_a_program_that_ends_politely_at_its_limit_did_not_complete() -> None:
     assert judged(ACTIVE, ended=polite) == ("active", "", None)
     timeout = JobStatus(native_id="7", state="failed", reason="walltime")
     assert judged(timeout, ended=polite) == ("failed", "walltime", 0)
+
+
+def test_a_job_that_completed_is_not_said_to_be_running() -> None:
+    assert judge("7", ACTIVE, CLAIM, ENDED, limit_s=60.0, missing_s=0.0, unseen_s=30.0).detail == ""
+
+
+@pytest.mark.parametrize(("code", "reason"), [(128, "exit_code"), (137, "signal"), (192, "signal"), (193, "exit_code")])
+def test_above_the_signals_there_are_exit_codes_again(code: int, reason: str) -> None:
+    assert judged(None, ended=Ended("7", code, 110.0)) == ("failed", reason, code)
+    told = parse_queue(f"1 |1 |FAILED |{code << 8} |0 |1795275184 |1795275185 |n1 |NonZeroExitCode |hr-a")
+    assert (told["1"].reason, told["1"].exit_code) == (reason, code)
+    assert parse_accounts(f"8|FAILED|{code}:0|1795275184|1795275185|n1\n")["8"].reason == reason
+    assert pbs_end("F", f"Exit_status = {code}|substate = 93", PBS_PRO) == ("failed", reason, code)
+    assert parse_lsf(f"12|0|EXIT|{code}|node1|hr-a|-|-")["12"].reason == reason
+    assert parse_flux(f"6|FAILED|16|{code}|1795275184.5|1795275190.5|n1|||hr-a|")["6"].reason == reason
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["a b c", "7 yesterday n1", "7 nan n1", "7 -1 n1", "7;x 1 n1", "\0\0 \0 \0", "7 1.0 n1 more", "\xff \xff 1"],
+)
+def test_a_record_that_makes_no_sense_is_none(tmp_path: Path, lines: str) -> None:
+    records = Records(tmp_path)
+    records.make()
+    for name in ("claim", "ended", "killed"):
+        (records.path / name).write_text(f"{lines}\n", encoding="latin-1")
+    assert records.claim() is None
+    assert records.ended() is None
+    assert records.killed() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "noted", "cancels"),
+    [
+        ("hr-a-1", "", True),
+        ("hr-a-2", "", False),
+        ("wrap", "", False),
+        ("hr-array", "hr-array", True),
+        ("hr-other", "hr-array", False),
+        ("", "", True),
+    ],
+)
+def test_a_job_is_canceled_under_its_own_name_only(tmp_path: Path, name: str, noted: str, cancels: bool) -> None:
+    job = Known(job_id="a-1", native_id="7", folder=tmp_path)
+    if noted:
+        Records(tmp_path).make()
+        Records(tmp_path).note_native_id("7", noted)
+    assert may_end(job, JobStatus(native_id="7", state="active", name=name)) is cancels
+    assert may_end(job, None)
 
 
 def test_an_exit_code_that_the_batch_system_does_not_have_is_believed() -> None:

@@ -38,13 +38,15 @@ def test_needs_a_right():
     ("source", "ci", "code"),
     [(INSIDE, "", 0), (INSIDE, "true", 1), (WHOLE, "", 0), (WHOLE, "true", 1), (RIGHT, "", 0), (RIGHT, "true", 0)],
 )
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_skip_is_a_failure_where_everything_has_to_be_installed(
-    tmp_path: Path, source: str, ci: str, code: int
+    tmp_path: Path, source: str, ci: str, code: int, workers: str
 ) -> None:
     (tmp_path / "test_sample.py").write_text(source)
     root = Path(__file__).parent.parent
+    given = ["-p", "tests.conftest", "-c", os.devnull, "--rootdir", str(tmp_path), "-n", workers, str(tmp_path)]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", os.devnull, "--rootdir", tmp_path, tmp_path],
+        [sys.executable, "-m", "pytest", *given],
         cwd=root,
         env={**os.environ, "CI": ci},
         capture_output=True,

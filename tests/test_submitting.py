@@ -40,13 +40,14 @@ from streams.audit import examine, read
 from streams.log import Record
 from streams.record import InvocationRecord, RunRecord, fold_run, view
 from streams.stored import Stored
-from streams.topology import fence_subject, job_subject, kind_of, start_subject, submit_subject
+from streams.topology import JobsOf, fence_subject, job_subject, kind_of, start_subject, submit_subject
 from tests.stories import stored, teach, trigger
 
 KNOWN = {
     name: FunctionRecord(name=name, version="v1", options=FunctionOptions(), code_blob="b", registered_at=0.0)
     for name in ("collect", "mourn")
 }
+AT_LAB = JobsOf("lab", "default")
 SITES = [SiteRecord(name="lab", kind="slurm", at=1000.0, since=0.0, gpus_total=8)]
 WORLD = World(function=KNOWN.get, routes=[], now=1005.0, sites=SITES)
 TRIED = Attempted(attempt=1, worker="w", queued_at=1001.0, started_at=1002.0, ended_at=1004.0)
@@ -313,7 +314,6 @@ def test_the_parts_of_a_jobs_time_sum_to_the_whole() -> None:
         structs.replace(AT_SITE, started_at=None, job_ended_at=None),
         structs.replace(AT_SITE, started_at=900.0, job_ended_at=5000.0),  # the clock of the site is off
         structs.replace(AT_SITE, submitted_at=900.0, stage_in_s=99.0, stage_out_s=99.0),
-        structs.replace(AT_SITE, failed_s=1000.0),
         structs.replace(AT_SITE, ended_at=900.0),
     ],
 )
@@ -415,7 +415,7 @@ def test_a_job_is_on_its_way_from_its_submission_to_its_end() -> None:
     def verdict(floor: int, until: str, *more: Stored) -> str:
         _, _, facts = story(until=until)
         lanes = {place: 99 for _, place, _ in read(facts).work}
-        return examine(read([*facts, *more]), {**lanes, "lab": floor})
+        return examine(read([*facts, *more]), {**lanes, AT_LAB: floor})
 
     _, _, facts = story()
     waiting = next(f for f in facts if kind_of(f.subject) == "job")
@@ -434,5 +434,5 @@ def test_a_job_that_has_ended_is_not_on_its_way_any_more() -> None:
     heard = [f for f in facts if kind_of(f.subject) != "start"]
     floors = {place: 99 for _, place, _ in read(heard).work}
     follow_up = next(f for f in heard[1:] if kind_of(f.subject) == "work")
-    assert examine(read(heard), {**floors, "lab": 99}) == "lost"  # acknowledged, and nobody runs what follows the job
-    assert examine(read([f for f in heard if f is not follow_up]), {**floors, "lab": 99}) == "stuck"
+    assert examine(read(heard), {**floors, AT_LAB: 99}) == "lost"  # acknowledged, and nobody runs what follows the job
+    assert examine(read([f for f in heard if f is not follow_up]), {**floors, AT_LAB: 99}) == "stuck"

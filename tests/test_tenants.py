@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -113,11 +113,10 @@ async def add(door: Door, *tenants: str) -> None:
 
 
 @pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Door]:
-    async with Doors(tmp_path) as doors:
-        opened = await doors.open()
-        await add(opened, "a", "b")
-        yield opened
+async def door(doors: Doors) -> Door:
+    opened = await doors.open()
+    await add(opened, "a", "b")
+    return opened
 
 
 async def register(door: Door, tenant: str, source: str | None = None) -> None:

@@ -52,6 +52,17 @@ def test_a_job_completes_unless_the_bench_says_otherwise_and_then_gets_its_end()
     assert submitted.parent_id == trace.step(simulate).invocation_id
 
 
+@function
+def many(count: int, ctx: Context) -> None:
+    ctx.submit_many([job(number) for number in range(count)], then=gather)
+
+
+def test_jobs_that_fail_together_are_told_as_jobs() -> None:
+    trace = Bench(many, gather, jobs=lambda spec: int(spec.arguments[0] == "1")).fire(many, 3)
+    assert trace.error is not None
+    assert (trace.error.kind, trace.error.message[:36]) == ("jobs", "1 of 3 jobs failed; the first: exit_")
+
+
 def test_a_job_that_fails_starts_on_failure_in_its_place() -> None:
     trace = Bench(simulate, collect, mourn, jobs=lambda spec: 3).fire(simulate, 1)
     assert trace.state == "succeeded"

@@ -16,9 +16,10 @@ import pytest
 
 from headrace.errors import BadRequest, HeadraceError, NotFound, Unavailable
 from tests.faulty import Faulty, serving
+from workers.egress import Stopped
 from workers.guard import Guard
 from workers.lines import Source
-from workers.transfer import Checks, Fetched, Stopped, Transfer, journal_of
+from workers.transfer import Checks, Fetched, Transfer, journal_of
 
 PART = 64 * 1024
 BODY = random.Random(7).randbytes(10 * PART + 123)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,10 +13,13 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from infra import up
+from infra.settings import load
 from infra.staging import Staging
 from tests.platforms import UpProcess
 from tests.processes import alive, command_line, descendants, wait_until
@@ -121,6 +125,28 @@ def test_a_signal_while_it_starts_stops_everything(tmp_path: Path, starting: lis
     process.child("nats-server")
     assert process.stop() == 0
     assert not (process.data / "url").exists()
+
+
+async def test_a_signal_that_a_start_did_not_hear_stops_what_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Deaf(up.Platform):
+        async def start(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+        async def stop(self) -> None:
+            done.append("stopped")
+
+    async def serve(platform: up.Platform) -> None:
+        done.append("served")
+
+    monkeypatch.setattr(up, "Platform", Deaf)
+    await up.up(load({}, data_dir=tmp_path), serve)
+    assert done == ["stopped"]
 
 
 def test_nothing_is_left_when_it_is_killed(platform: UpProcess) -> None:

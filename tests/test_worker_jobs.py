@@ -15,6 +15,7 @@ from msgspec import structs
 from functions import jobs
 from functions.jobs import JobTried
 from functions.outcomes import World
+from functions.sites import awaited, is_awaited, seen
 from headrace.joblog import SiteRecord, Submitted
 from headrace.jobs import JobEnd, JobSpec
 from headrace.wire import Cancel, Invocation, Payload, decode, encode
@@ -25,10 +26,10 @@ from streams.log import Log, Record
 from streams.record import view
 from streams.topology import (
     cancel_subject,
-    ensure_site,
+    ensure_jobs,
     fence_subject,
     job_subject,
-    site_consumer,
+    jobs_consumer,
     submit_subject,
 )
 from tests.test_worker import Platform, working
@@ -199,15 +200,53 @@ async def test_where_no_site_can_run_a_job_its_function_fails_and_says_why(platf
     assert record.jobs == 0
 
 
+async def test_a_job_that_names_no_site_waits_for_one_that_is_away(platform: Platform) -> None:
+    """An agent that is restarted, or a controller that is, costs no run its life."""
+    await platform.deploy(PROGRAM)
+    await platform.tables.sites.put("lab", structs.replace(LAB, at=time.time(), status="down", detail="no controller"))
+    run = await platform.trigger("far", "")
+    async with asyncio.timeout(20):
+        while not (await platform.state(run))[0].jobs:
+            await asyncio.sleep(0.01)
+    async with site(platform):
+        assert (await platform.ended(run)).state == "succeeded"
+
+
+async def test_a_site_that_nobody_knows_has_a_row_once_a_job_waits_for_it(platform: Platform) -> None:
+    await platform.deploy(PROGRAM)
+    run = await platform.trigger("far", "typo")
+    async with asyncio.timeout(20):
+        while not (await platform.state(run))[0].jobs:
+            await asyncio.sleep(0.01)
+    row = await platform.tables.sites.fetch("typo")
+    assert row is not None
+    assert is_awaited(row)
+    # Its agent is the first who says how it is.
+    told = seen(structs.replace(LAB, name="typo", at=time.time()), row)
+    assert (told.status, told.kind, told.incidents) == ("up", "slurm", [])
+
+
+async def test_not_more_sites_are_waited_for_than_anybody_could_mean(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.placing.AWAITED_MAX", 1)
+    await platform.deploy(PROGRAM)
+    await platform.tables.sites.create("one", awaited("one", time.time()))
+    record = await platform.ended(await platform.trigger("far", "two"))
+    assert record.error is not None
+    assert "site two is not known" in record.error.message
+    assert "two" not in platform.tables.sites.items()
+
+
 async def test_a_job_waits_for_the_site_that_it_names(platform: Platform, link: Link) -> None:
     await platform.deploy(PROGRAM)
     run = await platform.trigger("far", "lab")
     async with asyncio.timeout(20):
         while not (await platform.state(run))[0].jobs:
             await asyncio.sleep(0.01)
-    await ensure_site(link, "lab")
-    await ensure_site(link, "lab")
-    info = await link.jetstream().consumer_info("HEADRACE", site_consumer("lab"))
+    await ensure_jobs(link, "lab")
+    await ensure_jobs(link, "lab")
+    info = await link.jetstream().consumer_info("HEADRACE", jobs_consumer("lab", "default"))
     assert info.num_pending == 1  # it is there for the first agent that comes
     async with site(platform):
         assert (await platform.ended(run)).state == "succeeded"

@@ -22,10 +22,14 @@ import msgspec
 from msgspec import Struct
 
 from headrace.errors import BadRequest, Unavailable
-from workers.transfer import JOURNAL, Stopped, journal_of
+from workers.egress import Stopped
+from workers.transfer import JOURNAL, journal_of
 
 LOOK_S = 0.05
 KNOWN_MAX = 10_000
+LOOKS_AFTER = 4096
+SPARE = 20  # the share of the cache that is freed at once where it is full
+COUNT_BYTES = 80
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -35,6 +39,13 @@ class Known(Struct, frozen=True, kw_only=True):
     etag: str
     size: int
     sha256: str
+
+
+class Count(Struct, frozen=True, kw_only=True):
+    """What lies here at most, in bytes, and how often room was made since somebody looked."""
+
+    bytes: int
+    made: int
 
 
 class Held:
@@ -158,28 +169,42 @@ class Cache:
                 f"{size:,} bytes do not fit into the cache of {self._bytes_max:,}",
                 hint="Stage a part of it; an operator sets the size with HEADRACE_CACHE_BYTES_MAX.",
             )
-        with self._alone():
-            files = self._files(growing)
-            taken = sum(found.st_size for _, found in files)
-            for path, found in sorted(files, key=lambda f: f[1].st_mtime):
-                if taken + size <= self._bytes_max and self._disk_free() >= size - _allocated(growing):
-                    break
-                if _evict(path):
-                    taken -= found.st_size
-            if taken + size > self._bytes_max:
-                raise Unavailable(
-                    f"the cache has no room for {size:,} bytes: {taken:,} of {self._bytes_max:,} are in use",
-                    hint="Try again later, or give it more with HEADRACE_CACHE_BYTES_MAX.",
-                )
-            if self._disk_free() < size - _allocated(growing):
-                raise Unavailable(
-                    f"the disk of the cache has no room for {size:,} bytes", hint="Free some space on it, or move it."
-                )
+        with self._alone() as lock:
+            count = _read_count(lock)
+            # All that lies here is looked at when it may be too much; else many small files would cost their square.
+            if count is None or count.made >= LOOKS_AFTER or not self._fits(count.bytes, size, growing):
+                count = Count(bytes=self._evict_for(size, growing), made=0)
+            _write_count(lock, Count(bytes=count.bytes + size, made=count.made + 1))
             # Taken up now, while nobody else looks: two that make room at once must not count the same room twice.
             if growing.stat().st_size != size:
                 os.truncate(growing, 0)
                 journal_of(growing).unlink(missing_ok=True)  # what it says is there is there no more
                 _allocate(growing, size)
+
+    def _fits(self, taken: int, size: int, growing: Path) -> bool:
+        return taken + size <= self._bytes_max and self._disk_free() >= size - _allocated(growing)
+
+    def _evict_for(self, size: int, growing: Path) -> int:
+        """Make room for ``size`` bytes, and a little more so that the next ones have it; return what is still there."""
+        self._trim()
+        files = self._files(growing)
+        taken = sum(found.st_size for _, found in files)
+        spare = 0 if taken + size <= self._bytes_max else self._bytes_max // SPARE
+        for path, found in sorted(files, key=lambda f: f[1].st_mtime):
+            if self._fits(taken + spare, size, growing):
+                break
+            if _evict(path):
+                taken -= found.st_size
+        if taken + size > self._bytes_max:
+            raise Unavailable(
+                f"the cache has no room for {size:,} bytes: {taken:,} of {self._bytes_max:,} are in use",
+                hint="Try again later, or give it more with HEADRACE_CACHE_BYTES_MAX.",
+            )
+        if self._disk_free() < size - _allocated(growing):
+            raise Unavailable(
+                f"the disk of the cache has no room for {size:,} bytes", hint="Free some space on it, or move it."
+            )
+        return taken
 
     def _disk_free(self) -> int:
         space = os.statvfs(self._content)
@@ -201,12 +226,12 @@ class Cache:
         return [self._ours, *others]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[int]:
+        """Lend the lock of the whole folder, in which the count of what lies here is kept."""
         handle = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            self._trim()
-            yield
+            yield handle
         finally:
             os.close(handle)
 
@@ -216,6 +241,16 @@ class Cache:
         if len(names) > KNOWN_MAX:
             for entry in sorted(names, key=lambda e: e.stat().st_mtime)[: len(names) - KNOWN_MAX // 2]:
                 Path(entry.path).unlink(missing_ok=True)
+
+
+def _read_count(lock: int) -> Count | None:
+    with suppress(msgspec.MsgspecError):
+        return msgspec.json.decode(os.pread(lock, COUNT_BYTES, 0), type=Count)
+    return None
+
+
+def _write_count(lock: int, count: Count) -> None:
+    os.pwrite(lock, msgspec.json.encode(count).ljust(COUNT_BYTES), 0)
 
 
 def _held(path: Path) -> Held | None:

@@ -7,30 +7,32 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 
-from functions import jobs, outcomes
+from functions import jobs
 from functions.ensembles import again
 from functions.jobs import JobTried
+from functions.moves import agent_of, repeated
 from functions.outcomes import Attempted, World
 from functions.outlook import Outlook
-from headrace.errors import BadRequest, HeadraceError, Unavailable
+from headrace.errors import HeadraceError, Unavailable
 from headrace.joblog import JOB
 from headrace.jobs import JobEnd, Reason, failure
 from headrace.model import ErrorInfo
-from headrace.wire import Invocation, Lease, Started, encode
+from headrace.wire import Invocation, Started, encode
 from streams.blobs import Blobs, check_in
 from streams.log import AlreadyThere, Log, Record
-from streams.topology import fence_subject, lease_subject, start_subject
+from streams.topology import fence_subject, start_subject
 from workers.commits import APPEND_TIMEOUT_S, Commits, Fenced
 from workers.jobfolders import JobFolders, Outputs, reason_of
 from workers.jobwatch import Attached
 from workers.sitebook import SiteBook
 from workers.sites.base import JobStatus
+from workers.workfolder import WorkFolder
 
 _log = logging.getLogger(__name__)
 
 ENDED_MAX = 32
 TROUBLE_DELAY_S, TROUBLE_DELAY_S_MAX = 1.0, 30.0
-NO_OUTPUTS = Outputs({}, [])
+NO_OUTPUTS = Outputs({}, [], [])
 
 
 class JobEnds:
@@ -44,6 +46,7 @@ class JobEnds:
         log: Log,
         blobs: Blobs,
         folders: JobFolders,
+        work: WorkFolder,
         commits: Commits,
         book: SiteBook,
         outlook: Outlook,
@@ -56,6 +59,7 @@ class JobEnds:
         self._log = log
         self._blobs = blobs
         self._folders = folders
+        self._work = work
         self._commits = commits
         self._book = book
         self._outlook = outlook
@@ -117,6 +121,30 @@ class JobEnds:
 
         await self._until_done(job, commit)
 
+    async def let_go(self, job: Attached, status: JobStatus) -> None:
+        """Commit that a job of a canceled run has ended, so that nobody comes back to it; nothing follows from it."""
+
+        async def commit() -> None:
+            now = self._clock()
+            tried = self._tried(job, status, now, now)
+            end = JobEnd(
+                job_id=job.job_id,
+                site=self._site,
+                state=status.state,
+                exit_code=status.exit_code,
+                reason=status.reason,
+                detail=status.detail,
+                native_id=status.native_id,
+                attempts=job.attempt,
+                time_s=jobs.times(tried),
+            )
+            try:
+                await self._log.append([jobs.dropped(job.invocation, end, tried)], timeout_s=APPEND_TIMEOUT_S)
+            except AlreadyThere as other:
+                raise Fenced from other
+
+        await self._until_done(job, commit)
+
     async def _until_done(self, job: Attached, act: Callable[[], Awaitable[None]]) -> None:
         """Do what ends a job, again and again until it is in the log, or in the hands of another agent."""
         delay_s = TROUBLE_DELAY_S
@@ -145,10 +173,13 @@ class JobEnds:
         outputs = NO_OUTPUTS
         try:
             outputs = await self._folders.keep(job.spec, job.folder)
-        except (BadRequest, OSError) as error:
-            detail = "; ".join(filter(None, [detail, reason_of(error)]))
-            if state == "completed":
-                state, reason = "failed", "stage_out"
+            wrong = outputs.refused
+        except OSError as error:
+            wrong = [reason_of(error)]
+        detail = "; ".join(filter(None, [detail, *wrong]))
+        if wrong and state == "completed":
+            state, reason = "failed", "stage_out"
+        await self._work.check()  # else nothing is missing: its disk was away
         now = self._clock()
         tried = self._tried(job, status, now, began_at)
         end = JobEnd(
@@ -193,14 +224,7 @@ class JobEnds:
             ended_at=now,
             fence=job.fence,
         )
-        failed = outcomes.failed_attempt(job.invocation, attempted, failure(end), now)
-        lease = Lease(run_id=run, invocation_id=identity, attempt=job.attempt + 1, worker=self._agent, at=now)
-        unit = [
-            Record(failed.subject, failed.body),
-            outcomes.work_record(job.invocation, now),
-            # The guard of the unit: whoever held the job before it commits no more.
-            Record(lease_subject(run, identity), encode(lease), fence_subject(run, identity), job.fence),
-        ]
+        unit = repeated(job.invocation, attempted, failure(end), holder=agent_of(self._site))
         try:
             await self._log.append(unit, timeout_s=APPEND_TIMEOUT_S)
         except AlreadyThere:
@@ -218,7 +242,6 @@ class JobEnds:
             job_ended_at=ended_seen_at if status is None or status.ended_at is None else status.ended_at,
             stage_in_s=job.submitted.stage_in_s,
             stage_out_s=max(0.0, now - ended_seen_at),
-            failed_s=job.failed_s,
             fence=job.fence,
         )
 

@@ -1,4 +1,5 @@
-"""The jobs of one site that were delivered and are not yet submitted: a bounded view, out of which an order chooses.
+"""The jobs of one site that were delivered and are not yet submitted: a bounded view of each tenant's, out of which
+shares and urgency choose.
 
 What is in the hand is told to the server again and again as being in progress; whoever stops telling, because it died
 or was paused, loses it to another agent, or to its own next life.
@@ -13,15 +14,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from functions.jobs import read_job
+from headrace.errors import HeadraceError
 from headrace.joblog import JOB
+from headrace.tasks import ended
 from headrace.wire import Invocation, decode
 from streams.log import Log
-from streams.poll import Arrival, Poll
-from streams.topology import ACK_WAIT_S, site_consumer
+from streams.poll import Arrival
+from streams.topology import ACK_WAIT_S, JobsOf, ensure_jobs
+from workers.jobview import JobView
 
 _log = logging.getLogger(__name__)
 
 HELD_MAX = 1000
+HELD_MIN = 32
+ASIDE_MAX = 100_000  # of all tenants together: what is behind that is not seen until some of it has been submitted
+WHO_S = 2.0  # after so long it is looked who the tenants are
+ENSURE_S = 0.5
 KEEP_S = ACK_WAIT_S / 4
 GATHER_S = 0.05  # jobs of one ensemble come within a moment of each other
 GATHER_S_MAX = 1.0
@@ -32,10 +40,11 @@ TRIES_KEPT_MAX = 10_000
 class Waiting:
     """One job in the hand. Exactly one of ``ack``, ``give_back`` and ``leave`` ends it."""
 
-    __slots__ = ("_hand", "at", "invocation", "reply", "seq", "told_at", "work")
+    __slots__ = ("_hand", "at", "invocation", "reply", "seq", "told_at", "view", "work")
 
-    def __init__(self, hand: JobHand, arrived: Arrival, now: float) -> None:
+    def __init__(self, hand: JobHand, view: JobView[Waiting], arrived: Arrival, now: float) -> None:
         self._hand = hand
+        self.view = view
         self.seq = arrived.seq
         self.at = arrived.at
         self.reply = arrived.reply
@@ -66,44 +75,63 @@ class Waiting:
 
 
 class JobHand:
-    """The consumer of one site's jobs, as its agent sees it."""
+    """The consumers of one site's jobs, a tenant's each, as its agent sees them."""
 
-    def __init__(self, log: Log, site: str, on_unreadable: Callable[[Arrival], None]) -> None:
+    def __init__(
+        self,
+        log: Log,
+        site: str,
+        on_unreadable: Callable[[Arrival], None],
+        held_max: int = HELD_MAX,
+    ) -> None:
         """Describe it; nothing is asked for yet.
 
         Args:
             log: where the jobs are.
-            site: whose they are.
+            site: where they are to run.
             on_unreadable: gets a message that no agent could read in ``UNREADABLE_DELIVERIES_MAX`` deliveries.
+            held_max: how many may be in the hand, shared by the tenants who have any; each has ``HELD_MIN`` at least.
         """
         self._log = log
+        self._site = site
         self._on_unreadable = on_unreadable
-        self._poll = Poll(log.link, site_consumer(site), self._take, lambda: None)
-        self._held: dict[int, Waiting] = {}  # by sequence: not begun
+        self._held_max = held_max
+        self._views: dict[str, JobView[Waiting]] = {}
         self._out: dict[str, Waiting] = {}  # by reply: not settled
-        self._behind = 0
         self._stirred = asyncio.Event()
+        self._untended = asyncio.Event()
+        self._tenants: frozenset[str] = frozenset()
+        self._unsure = asyncio.Event()  # whether all consumers are there
+        self._tasks: list[asyncio.Task[None]] = []
         self._keeping: asyncio.Task[None] | None = None
-        self._stopped = False
         self.tries: OrderedDict[int, int] = OrderedDict()
 
+    async def ensure(self) -> None:
+        """Make the consumers of all who are tenants now, and note who they are.
+
+        Raises:
+            Unavailable: the log does not answer.
+        """
+        self._tenants = await ensure_jobs(self._log.link, self._site)
+
     async def start(self) -> None:
-        """Begin to ask for jobs."""
-        await self._poll.start()
-        await self._poll.want(HELD_MAX)
+        """Begin to ask for jobs; the consumers are there."""
+        await self._open()
+        self._tasks = [
+            asyncio.create_task(self._tend_for_ever(), name="jobs-tend"),
+            asyncio.create_task(self._follow_tenants(), name="jobs-tenants"),
+        ]
 
     async def stop(self) -> None:
         """Ask for no more, and hand back what has not been begun; what was begun is still told to be in progress."""
-        self._stopped = True
-        await self._poll.close()
-        for waiting in list(self._held.values()):
-            await self.settle(waiting, b"-NAK")
+        await ended(self._tasks)
+        for tenant in list(self._views):
+            await self._close(tenant)
 
     async def close(self) -> None:
         """Leave what is still not settled to be delivered again."""
         if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.gather(self._keeping, return_exceptions=True)
+            await ended([self._keeping])
 
     def stir(self) -> None:
         """Let ``changed`` return: there may be room for more now."""
@@ -117,23 +145,26 @@ class JobHand:
     async def gathered(self) -> None:
         """Return once nothing more is expected to come at once."""
         waited_s, known = 0.0, -1
-        while waited_s < GATHER_S_MAX and known < len(self._held) < HELD_MAX:
-            known = len(self._held)
+        while waited_s < GATHER_S_MAX and known < (held := self._held()) and not self._full():
+            known = held
             await asyncio.sleep(GATHER_S)
             waited_s += GATHER_S
-            if not self._behind and known == len(self._held):
+            if not any(view.behind for view in self._views.values()) and known == self._held():
                 return
 
     def waiting(self) -> list[Waiting]:
         """Return what is held and not begun."""
-        return list(self._held.values())
+        return [waiting for view in self._views.values() for waiting in view.held.values()]
 
-    async def begin(self, those: Iterable[Waiting]) -> None:
+    def left(self) -> int:
+        """Return how many jobs wait, also those that are not held, as far as is known."""
+        return sum(len(view.held) + len(view.aside) + view.behind for view in self._views.values())
+
+    def begin(self, those: Iterable[Waiting]) -> None:
         """Take these out of the hand, to be submitted, and ask for others in their place."""
         for waiting in those:
-            self._held.pop(waiting.seq, None)
-        if not self._stopped:
-            await self._poll.want(HELD_MAX - len(self._held))
+            waiting.view.held.pop(waiting.seq)
+        self._untended.set()
 
     async def settle(self, waiting: Waiting, body: bytes) -> None:
         """Answer the server about one; a lost answer means that it comes again, which is expected."""
@@ -143,14 +174,10 @@ class JobHand:
 
     def forget(self, waiting: Waiting) -> None:
         """Keep it no longer."""
-        if self._held.get(waiting.seq) is waiting:
-            del self._held[waiting.seq]
+        if waiting.view.held.get(waiting.seq) is waiting:
+            waiting.view.held.pop(waiting.seq)
+            self._untended.set()
         self._out.pop(waiting.reply, None)
-
-    async def acknowledge(self, arrived: Arrival) -> None:
-        """Say that a message that nobody can read is done with."""
-        with contextlib.suppress(Exception):
-            await self._log.link.nc.publish(arrived.reply, b"+ACK")
 
     def count_try(self, seq: int) -> None:
         """Take note that a job could not be submitted once more."""
@@ -158,20 +185,78 @@ class JobHand:
         while len(self.tries) > TRIES_KEPT_MAX:
             self.tries.popitem(last=False)
 
-    def _take(self, arrived: Arrival) -> None:
-        self._behind = arrived.behind
+    # ------------------------------------------------------------ the tenants
+
+    async def _open(self) -> None:
+        """Have a view of the jobs of those who are tenants now, and of nobody else."""
+        for gone in self._views.keys() - self._tenants:
+            await self._close(gone)
+        for tenant in sorted(self._tenants - self._views.keys()):
+            view = self._views[tenant] = JobView(
+                self._log.link, JobsOf(self._site, tenant), self._take, self._unsure.set
+            )
+            await view.start()
+        self._untended.set()
+
+    async def _close(self, tenant: str) -> None:
+        view = self._views.pop(tenant)
+        await view.close()
+        for waiting in view.held.values():
+            await self.settle(waiting, b"-NAK")
+
+    async def _follow_tenants(self) -> None:
+        """Follow the tenants as they come and go, and make consumers again that are gone: their site is back."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WHO_S):
+                    await self._unsure.wait()
+            self._unsure.clear()
+            try:
+                await self.ensure()
+                await self._open()
+            except HeadraceError as error:
+                _log.warning("site %s: %s", self._site, error)
+            await asyncio.sleep(ENSURE_S)
+
+    # ------------------------------------------------------------ the hand
+
+    def _held(self) -> int:
+        return sum(len(view.held) for view in self._views.values())
+
+    def _share(self) -> int:
+        """Return how many jobs of each tenant may be in the hand."""
+        sharing = sum(1 for view in self._views.values() if view.held)
+        return max(min(HELD_MIN, self._held_max), self._held_max // max(1, sharing))
+
+    def _full(self) -> bool:
+        share = self._share()
+        return all(len(view.held) >= share or not view.behind for view in self._views.values())
+
+    async def _tend_for_ever(self) -> None:
+        while True:
+            await self._untended.wait()
+            self._untended.clear()
+            share, aside_max = self._share(), ASIDE_MAX // len(self._views)
+            for view in list(self._views.values()):
+                await view.tend(share, aside_max, self._let_go)
+
+    def _let_go(self, waiting: Waiting) -> None:
+        self._out.pop(waiting.reply, None)
+
+    def _take(self, view: JobView[Waiting], arrived: Arrival) -> None:
+        view.behind = arrived.behind
+        self._untended.set()
         try:
-            waiting = Waiting(self, arrived, asyncio.get_running_loop().time())
+            waiting = Waiting(self, view, arrived, asyncio.get_running_loop().time())
         except Exception:
             # Written by a release to come, or damaged. Left alone, it is delivered to another agent.
             _log.exception("message %d is no job that can be read", arrived.seq)
             if arrived.delivered >= UNREADABLE_DELIVERIES_MAX:
                 self._on_unreadable(arrived)
             return
-        before = self._held.pop(arrived.seq, None)
+        before = view.hold(waiting)
         if before is not None:  # it came again while it waited here: the newer delivery is the one that counts
-            self.forget(before)
-        self._held[arrived.seq] = waiting
+            self._let_go(before)
         self._out[waiting.reply] = waiting
         self._stirred.set()
         if self._keeping is None or self._keeping.done():

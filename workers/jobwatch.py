@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Container, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,7 +51,6 @@ class Attached(Struct):
     submitted: Submitted
     state: JobState = "queued"
     status: JobStatus | None = None
-    failed_s: float = 0.0
     canceled_at: float | None = None
     overdue: bool = False
     ending: bool = False
@@ -87,6 +87,9 @@ class Keeper(Protocol):
     async def give_up(self, job: Attached) -> None:
         """Commit that a job is of no use any more; it is canceled already."""
 
+    async def let_go(self, job: Attached, status: JobStatus) -> None:
+        """Commit that a job of a canceled run has ended: nothing follows from it."""
+
 
 class JobWatch:
     """All jobs of one site that are submitted and have not ended."""
@@ -96,6 +99,7 @@ class JobWatch:
         system: BatchSystem,
         keeper: Keeper,
         canceled: Container[str],
+        sure: Callable[[], Awaitable[None]],
         clock: Callable[[], float],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
@@ -105,12 +109,14 @@ class JobWatch:
             system: the site's batch system.
             keeper: does what is to be done.
             canceled: the runs that nobody needs any more.
+            sure: raises where the records of jobs cannot be read now, and nothing may be concluded.
             clock: the time in epoch seconds.
             spawn: runs something beside.
         """
         self._system = system
         self._keeper = keeper
         self._canceled = canceled
+        self._sure = sure
         self._clock = clock
         self._spawn = spawn
         self._jobs: dict[tuple[str, str], Attached] = {}
@@ -126,6 +132,10 @@ class JobWatch:
     def names(self) -> list[tuple[str, Path]]:
         """Return the name and the folder of each job."""
         return [(job.name, job.folder) for job in self._jobs.values()]
+
+    def tenants(self) -> Counter[str]:
+        """Return how many jobs each tenant has here."""
+        return Counter(job.invocation.tenant for job in self._jobs.values())
 
     def get(self, run: str, job: str) -> Attached | None:
         """Return a job that is watched."""
@@ -199,11 +209,13 @@ class JobWatch:
 
         Raises:
             SiteUnreachable: the batch system does not answer.
+            Unavailable: the records of jobs cannot be read now.
         """
         await self._cancel()
         asked = [job for job in self._jobs.values() if not job.ending]
         if not asked:
             return False
+        await self._sure()
         told = await self._system.status([job.known() for job in asked])
         changed = False
         for job in asked:
@@ -216,7 +228,9 @@ class JobWatch:
         changed = status.state != job.state
         job.status = status
         if status.state in FINAL:
-            self._end(job, partial(self._keeper.finish, job, status))
+            # Of a canceled run nothing counts any more but that the job is over.
+            ending = self._keeper.let_go if job.run_id in self._canceled else self._keeper.finish
+            self._end(job, partial(ending, job, status))
             return True
         if changed:
             job.state = status.state
@@ -226,10 +240,7 @@ class JobWatch:
 
     def _end(self, job: Attached, ending: Callable[[], Coroutine[Any, Any, None]]) -> None:
         job.ending = True
-        if job.run_id in self._canceled:  # it has ended, and nothing of its run counts any more
-            self.forget(job)
-        else:
-            self._spawn(ending())
+        self._spawn(ending())
 
     async def _cancel(self) -> None:
         now = self._clock()
@@ -245,7 +256,7 @@ class JobWatch:
                 those.append(job)
         if not those:
             return
-        await self._system.cancel([job.submitted.native_id for job in those])
+        await self._system.cancel([job.known() for job in those])
         for job in those:
             job.canceled_at = now
             if job.overdue and job.run_id not in self._canceled:

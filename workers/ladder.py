@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, TypeVar
 
 from functions import ladder, rungs
 from functions.forecast import size_class
@@ -35,6 +35,8 @@ LEAD_S = 2.5 * ACK_WAIT_S  # a worker's death is known after ACK_WAIT_S; this lo
 PUT_AFTER_S = 0.25  # what has ended by then costs no message
 KEEP_S_MAX = 300.0
 RETRY_S = 0.5
+
+T = TypeVar("T")
 
 
 class Ladder:
@@ -101,15 +103,32 @@ class Ladder:
             return None
         return ErrorInfo(kind="answered", message="the run had its answer before this was needed")
 
-    def watch(self, invocation: Invocation, tried: Callable[[float], Attempted], lend: Callable[[], None]) -> Watch:
-        """Begin to look after an attempt; to be stopped when it has ended.
+    async def looked_after(
+        self,
+        invocation: Invocation,
+        running: Coroutine[Any, Any, T],
+        *,
+        tried: Callable[[float], Attempted],
+        lend: Callable[[contextlib.ExitStack], None],
+    ) -> T:
+        """Return what an attempt comes to. Where it would be late, a cheaper rung answers beside it.
 
         Args:
             invocation: what runs, as it was chosen.
+            running: the attempt.
             tried: tells the attempt up to an instant.
-            lend: makes room for a rescue where all slots are taken.
+            lend: makes room for a rescue where all slots are taken; what it is given ends with the attempt.
         """
-        return Watch(self, invocation, tried, lend)
+        if not rungs.watched(invocation):
+            return await running
+        with contextlib.ExitStack() as lent:
+            looking = self._look_after(invocation, tried, functools.partial(lend, lent))
+            watch = asyncio.create_task(looking, name="ladder-watch")
+            try:
+                return await running
+            finally:
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
 
     async def settle(self, invocation: Invocation) -> None:
         """Do what follows from an outcome on a ladder that ends no run: begin the next rung, or end the run.
@@ -140,6 +159,24 @@ class Ladder:
         # What was asked for has failed: then nothing is gained by waiting.
         wanted = None if family.asked is not None else ladder.rescue(below, invocation.deadline or now, now)
         return rungs.put(invocation, wanted or Rescue(choice=below[0], at=now), last.spent, last.ended_at, now)
+
+    async def _look_after(
+        self, invocation: Invocation, tried: Callable[[float], Attempted], lend: Callable[[], None]
+    ) -> None:
+        while True:
+            try:
+                rescue = await self.rescue(invocation)
+                if rescue is None:
+                    return
+                now = self._clock()
+                await asyncio.sleep(max(0.0, min(rescue.at - now, max(PUT_AFTER_S, rescue.at - LEAD_S - now))))
+                await self.put(invocation, rescue, tried(self._clock()))
+                break
+            except Exception as error:  # the attempt goes on as well without being looked after
+                _log.warning("the rescue of %s is not in the log yet: %s", invocation.invocation_id, error)
+                await asyncio.sleep(RETRY_S)
+        await asyncio.sleep(max(0.0, rescue.at - self._clock()))
+        lend()
 
     async def rescue(self, invocation: Invocation) -> Rescue | None:
         """Return which rung answers in the place of this one, and when it has to begin."""
@@ -173,10 +210,6 @@ class Ladder:
     async def _append(self, record: Record) -> None:
         with contextlib.suppress(AlreadyThere):
             await self._log.append([record])
-
-    def now(self) -> float:
-        """Return the present instant."""
-        return self._clock()
 
     async def _choices(self, invocation: Invocation) -> list[Choice]:
         rung = invocation.rung
@@ -222,40 +255,3 @@ class Ladder:
             rescues={level: outcomes[each] for each, level in levels.items() if each in outcomes},
             begun=frozenset(level for each, level in levels.items() if each in begun),
         )
-
-
-class Watch:
-    """Looks after one attempt: has a cheaper rung answer where it would be late."""
-
-    def __init__(
-        self, owner: Ladder, invocation: Invocation, tried: Callable[[float], Attempted], lend: Callable[[], None]
-    ) -> None:
-        self._owner = owner
-        self._invocation = invocation
-        self._tried = tried
-        self._lend = lend
-        self._task: asyncio.Task[None] | None = None
-        if rungs.watched(invocation):
-            self._task = asyncio.create_task(self._look_after(), name="ladder-watch")
-
-    async def stop(self) -> None:
-        """Look after it no longer: it has ended."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _look_after(self) -> None:
-        while True:
-            try:
-                rescue = await self._owner.rescue(self._invocation)
-                if rescue is None:
-                    return
-                now = self._owner.now()
-                await asyncio.sleep(max(0.0, min(rescue.at - now, max(PUT_AFTER_S, rescue.at - LEAD_S - now))))
-                await self._owner.put(self._invocation, rescue, self._tried(self._owner.now()))
-                break
-            except Exception as error:  # the attempt goes on as well without being looked after
-                _log.warning("the rescue of %s is not in the log yet: %s", self._invocation.invocation_id, error)
-                await asyncio.sleep(RETRY_S)
-        await asyncio.sleep(max(0.0, rescue.at - self._owner.now()))
-        self._lend()

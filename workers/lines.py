@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import http.client
 import re
-import socket
 import ssl
+import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from urllib.parse import quote, urljoin, urlsplit
 
 from msgspec import Struct
 
 from headrace.errors import BadRequest, HeadraceError, NotFound
-from workers.guard import Endpoint, Guard
+from workers.egress import STRAIGHT, Connection, Cut, Egress
+from workers.guard import PORTS, Endpoint, Guard
 
-CONNECT_S_MAX = 10.0
-SILENCE_S_MAX = 30.0
 REDIRECTS_MAX = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BUSY = frozenset({408, 429, 500, 502, 503, 504})
 _RANGE = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
-_PORTS = {"https": 443, "http": 80}
-
-
-class Cut(Exception):
-    """The server went away, was busy, or said less than it promised: the same may be asked again."""
 
 
 class Changed(Exception):
@@ -41,12 +34,13 @@ class Source(Struct, frozen=True, kw_only=True):
     """Something to fetch.
 
     ``name`` is what people may see of it; ``address`` returns where to GET it from at this moment, which may be signed
-    and so is never shown; ``guard`` judges each address, None for the operator's own store.
+    and so is never shown; ``guard`` judges each address, None for the operator's own store; ``egress`` leads there.
     """
 
     name: str
     address: Callable[[], str]
     guard: Guard | None = None
+    egress: Egress = STRAIGHT
 
 
 class Reply(Struct, kw_only=True):
@@ -62,13 +56,19 @@ class Reply(Struct, kw_only=True):
 class Line:
     """One connection of one thread, kept for as long as it leads to the server that is wanted."""
 
-    def __init__(self) -> None:
-        self._connection: http.client.HTTPConnection | None = None
+    def __init__(self, stopped: threading.Event) -> None:
+        """Open nothing yet; ``stopped`` is set when nobody waits for what it brings any more."""
+        self._stopped = stopped
+        self._connection: Connection | None = None
+        self._response: http.client.HTTPResponse | None = None
         self._to: Endpoint | None = None
 
     def close(self) -> None:
         """Close it. Safe to repeat; the next ``get`` opens another."""
         connection, self._connection, self._to = self._connection, None, None
+        response, self._response = self._response, None
+        if response is not None:  # it has taken the socket over where the server keeps no connections
+            response.close()
         if connection is not None:
             connection.close()
 
@@ -83,23 +83,18 @@ class Line:
         """
         url = source.address()
         for _ in range(REDIRECTS_MAX + 1):
-            endpoint = _own(url) if source.guard is None else source.guard.endpoint(url)
-            response = self._ask(endpoint, url, start, end, etag)
+            response = self._ask(source, url, start, end, etag)
             if response.status not in _REDIRECTS:
                 return self._judge(source, response, start)
-            target = urljoin(url, response.getheader("Location") or "")
             self.close()
-            if source.guard is None:
-                raise BadRequest(f"{source.name}: the store redirects", hint="Name the store's own address.")
-            if urlsplit(url).scheme == "https" and urlsplit(target).scheme != "https":
-                raise BadRequest(f"{source.name} redirects away from https", hint="Use the address that it leads to.")
-            url = quote(target, safe="%/:=&?~#+!$,;'@()*[]")
+            url = _target(source, url, response.getheader("Location") or "")
         raise BadRequest(f"{source.name} redirects more than {REDIRECTS_MAX} times", hint="Use a direct address.")
 
-    def _ask(self, endpoint: Endpoint, url: str, start: int, end: int, etag: str) -> http.client.HTTPResponse:
+    def _ask(self, source: Source, url: str, start: int, end: int, etag: str) -> http.client.HTTPResponse:
         parts = urlsplit(url)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        port = "" if endpoint.port == _PORTS[endpoint.scheme] else f":{endpoint.port}"
+        endpoint = self._endpoint(source, url)
+        port = "" if endpoint.port == PORTS[endpoint.scheme] else f":{endpoint.port}"
         headers = {
             "Host": (f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host) + port,
             "Range": f"bytes={start}-{end - 1}",
@@ -109,27 +104,42 @@ class Line:
         }
         try:
             kept = self._connection is not None and self._to == endpoint
-            connection = self._open(endpoint)
+            connection = self._open(endpoint, source.egress)
             try:
                 connection.request("GET", path, headers=headers)
-                return connection.getresponse()
+                self._response = connection.getresponse()
             except (OSError, http.client.HTTPException):
                 if not kept:
                     raise
                 self.close()  # a kept connection may have been closed at the other end long ago
-                connection = self._open(endpoint)
+                connection = self._open(endpoint, source.egress)
                 connection.request("GET", path, headers=headers)
-                return connection.getresponse()
+                self._response = connection.getresponse()
         except ssl.SSLCertVerificationError as error:
-            raise BadRequest(f"{endpoint.host} is not who it says: {error.verify_message}") from error
+            self.close()
+            raise BadRequest(
+                f"{endpoint.host} is not who it says: {error.verify_message}",
+                hint="Use the name that its certificate is for, or have that mended; an operator has own certificates "
+                "trusted with HEADRACE_STAGE_CA_FILE, those of the S3 server with HEADRACE_S3_CA_FILE.",
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise Cut(str(error) or type(error).__name__) from error
+        except BaseException:
+            self.close()
+            raise
+        return self._response
 
-    def _open(self, endpoint: Endpoint) -> http.client.HTTPConnection:
+    def _endpoint(self, source: Source, url: str) -> Endpoint:
+        if source.guard is None:
+            return _own(url, source.egress)
+        # What is connected was judged, and leads where it led then: no name has to be asked for each stretch.
+        return self._to if self._to is not None and self._to.is_of(url) else source.guard.endpoint(url)
+
+    def _open(self, endpoint: Endpoint, egress: Egress) -> Connection:
         if self._connection is None or self._to != endpoint:
             self.close()
-            self._connection, self._to = _Connection(endpoint), endpoint
+            self._connection, self._to = Connection(endpoint, egress, self._stopped), endpoint
         return self._connection
 
     def _judge(self, source: Source, response: http.client.HTTPResponse, start: int) -> Reply:
@@ -155,40 +165,32 @@ class Line:
         return Reply(response=response, start=start, size=int(told[3]), etag=etag, ranged=True)
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection to the addresses that were judged, whatever the name means by now."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint.host, endpoint.port, timeout=SILENCE_S_MAX)
-        self._endpoint = endpoint
-
-    def connect(self) -> None:
-        """Connect to the first address that answers."""
-        for number, address in enumerate(self._endpoint.addresses):
-            try:
-                self.sock = socket.create_connection((address, self._endpoint.port), CONNECT_S_MAX)
-                break
-            except OSError:
-                if number + 1 == len(self._endpoint.addresses):
-                    raise
-        self.sock.settimeout(SILENCE_S_MAX)
-        if self._endpoint.scheme == "https":
-            self.sock = _tls().wrap_socket(self.sock, server_hostname=self._endpoint.host)
+def _target(source: Source, url: str, location: str) -> str:
+    """Return where a redirect leads, if one may go there at all; the address itself is judged like a first one."""
+    if source.guard is None:
+        raise BadRequest(f"{source.name}: the store redirects", hint="Name the store's own address.")
+    try:
+        target = urljoin(url, location)
+        scheme = urlsplit(target).scheme
+    except ValueError as error:
+        raise BadRequest(
+            f"{source.name} redirects to what is no address", hint="Use the address of the content."
+        ) from error
+    if urlsplit(url).scheme == "https" and scheme != "https":
+        raise BadRequest(f"{source.name} redirects away from https", hint="Use the address that it leads to.")
+    return quote(target, safe="%/:=&?~#+!$,;'@()*[]", errors="replace")
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-@cache
-def _own_addresses(scheme: str, host: str, port: int) -> Endpoint:
-    return Endpoint(scheme=scheme, host=host, port=port, addresses=(host,))
-
-
-def _own(url: str) -> Endpoint:
+def _own(url: str, egress: Egress) -> Endpoint:
+    """Return the operator's own server, which nobody has to judge."""
     parts = urlsplit(url)
-    return _own_addresses(parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme])
+    host = parts.hostname or ""
+    return Endpoint(
+        scheme=parts.scheme,
+        host=host,
+        port=parts.port or PORTS[parts.scheme],
+        addresses=(host,) if egress.proxy is None else (),
+    )
 
 
 def _read(response: http.client.HTTPResponse) -> http.client.HTTPResponse:

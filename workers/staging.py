@@ -12,26 +12,30 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import quote
+from typing import NamedTuple, TypeVar
 
 from headrace.errors import BadRequest, HeadraceError
 from headrace.wire import Ask, Granted, Moved, Said
 from streams.blobs import DIGEST, Blobs, Link, measure, open_regular
 from workers.cache import Cache, Held, Known
-from workers.guard import Guard
-from workers.lines import Cut, Line, Source
-from workers.transfer import Checks, Stopped, Transfer
+from workers.egress import STRAIGHT, Cut, Egress, Stopped
+from workers.guard import Guard, shown
+from workers.lines import Changed, Line, Source
+from workers.transfer import Checks, Transfer
 
 SCHEME = "blob:"
 TELL_EVERY_S = 0.5
 TRANSFERS_MAX = 8
+THREADS_MAX = 4 * TRANSFERS_MAX  # most of them wait: for a turn, or for another that fetches the same
 _CHECKED = re.compile("#((?:sha256|md5|size)=[^#]*)$")
 _FORMS = {"sha256": "[0-9a-f]{64}", "md5": "[0-9a-f]{32}", "size": "[0-9]{1,15}"}
 
 Tell = Callable[[Said], None]
 Objects = Callable[[str, str], Link]
+T = TypeVar("T")
 
 
 class Wanted(NamedTuple):
@@ -45,7 +49,14 @@ class Stager:
     """Brings content to this machine and keeps what functions make. One for a worker; safe for many at a time."""
 
     def __init__(
-        self, blobs: Blobs, *, cache: Cache | None = None, guard: Guard | None = None, objects: Objects | None = None
+        self,
+        blobs: Blobs,
+        *,
+        cache: Cache | None = None,
+        guard: Guard | None = None,
+        objects: Objects | None = None,
+        egress: Egress = STRAIGHT,
+        to_store: Egress = STRAIGHT,
     ) -> None:
         """Describe what it may do.
 
@@ -54,12 +65,18 @@ class Stager:
             cache: where what is fetched lies; without it, only what is on this machine already can be staged.
             guard: what may be fetched; the strictest if not given.
             objects: returns the way to an object of a bucket, where the platform has access to an S3 server.
+            egress: leads to the servers of https: and http: addresses; ``guard`` has to know if there is a proxy.
+            to_store: leads to the platform's own S3 server.
         """
         self._blobs = blobs
         self._cache = cache
         self._guard = guard or Guard()
         self._objects = objects
+        self._egress = egress
+        self._to_store = to_store
         self._turns = threading.BoundedSemaphore(TRANSFERS_MAX)
+        # Threads of its own: a server that lets us wait must not keep others from reading their payloads.
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="stage")
 
     async def stage(self, uri: str, tell: Tell | None = None) -> Held | Path:
         """Return a local file that holds the bytes of ``uri``; one from the cache stays there until it is let go.
@@ -74,23 +91,21 @@ class Stager:
         if scheme == "blob":
             return await self._blob(wanted, tell)
         if scheme == "file":
-            return await asyncio.to_thread(self._file, wanted)
+            return await self._in_thread(self._file, wanted)
         if scheme == "s3":
             bucket, key = self._guard.object(wanted.uri)
             if self._objects is None:
                 raise BadRequest(
                     "this platform has no access to an S3 server", hint="An operator gives it one with HEADRACE_S3_URL."
                 )
-            return await self._fetch(_source(self._objects(bucket, key)), wanted.checks, tell)
+            return await self._fetch_link(self._objects(bucket, key), wanted.checks, tell)
         if scheme in ("https", "http"):
             address = wanted.uri.partition("#")[0]
-            shown = quote(address.partition("?")[0], safe=":/%")[:200]
-            await asyncio.to_thread(self._guard.endpoint, address)
-            return await self._fetch(
-                Source(name=shown, address=lambda: address, guard=self._guard), wanted.checks, tell, known_as=address
-            )
+            await self._in_thread(self._guard.endpoint, address)
+            source = Source(name=shown(address), address=lambda: address, guard=self._guard, egress=self._egress)
+            return await self._fetch(source, wanted.checks, tell, known_as=address)
         raise BadRequest(
-            f"{ascii(uri)[:200]} cannot be staged",
+            f"{shown(uri) or 'nothing'} cannot be staged",
             hint='Use "blob:..." (what `Client.upload` returns), s3://, https:// or file:///.',
         )
 
@@ -112,7 +127,7 @@ class Stager:
         place = await self._blobs.where(name)
         if isinstance(place, Path):
             return place
-        return await self._fetch(_source(place), checks, tell)
+        return await self._fetch_link(place, checks, tell)
 
     def _file(self, wanted: Wanted) -> Path:
         path = self._guard.file(wanted.uri)
@@ -127,9 +142,13 @@ class Stager:
         return path
 
     async def _held(self, digest: str) -> Held | None:
-        return None if self._cache is None else await asyncio.to_thread(self._cache.hold, digest)
+        return None if self._cache is None else await self._in_thread(self._cache.hold, digest)
 
-    async def _fetch(self, source: Source, checks: Checks, tell: Tell | None, known_as: str = "") -> Held:
+    async def _fetch_link(self, link: Link, checks: Checks, tell: Tell | None) -> Held:
+        source = Source(name=shown(link.name), address=link.address, egress=self._to_store)
+        return await self._fetch(source, checks, tell, known_as=link.name)
+
+    async def _fetch(self, source: Source, checks: Checks, tell: Tell | None, known_as: str) -> Held:
         cache = self._cache
         if cache is None:
             raise BadRequest("nothing can be fetched here", hint="This worker has no cache.")
@@ -137,8 +156,8 @@ class Stager:
             self._guard.size(checks.size, source.name)
         stopped = threading.Event()
         moving = _Moving(source.name, tell, asyncio.get_running_loop())
-        fetch = functools.partial(self._fetch_into, cache, source, checks, stopped, moving, known_as or source.name)
-        task = asyncio.ensure_future(asyncio.to_thread(fetch))
+        fetch = functools.partial(self._fetch_into, cache, source, checks, stopped, moving, known_as)
+        task = asyncio.ensure_future(self._in_thread(fetch))
         try:
             held = await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -159,7 +178,10 @@ class Stager:
             with cache.growing(checks.sha256 or known_as, stopped) as path:
                 if checks.sha256 and (held := cache.hold(checks.sha256)) is not None:
                     return held
-                if not checks.sha256 and (held := self._as_before(cache, source, checks, known_as)) is not None:
+                if (
+                    not checks.sha256
+                    and (held := self._as_before(cache, source, checks, known_as, stopped)) is not None
+                ):
                     return held
 
                 def room(size: int, path: Path = path) -> None:
@@ -179,25 +201,31 @@ class Stager:
                 cache.adopt(path, found.sha256)
                 transfer.forget()
                 if found.etag.startswith('"'):
-                    cache.remember(known_as, Known(etag=found.etag, size=found.size, sha256=found.sha256))
+                    with suppress(OSError):  # on a full disk it is fetched anew the next time
+                        cache.remember(known_as, Known(etag=found.etag, size=found.size, sha256=found.sha256))
             # Only now, for growing is locked as a whole. If it was evicted in the same instant, all begins anew.
             if (held := cache.hold(found.sha256)) is not None:
                 return held
 
-    def _as_before(self, cache: Cache, source: Source, checks: Checks, known_as: str) -> Held | None:
+    def _as_before(
+        self, cache: Cache, source: Source, checks: Checks, known_as: str, stopped: threading.Event
+    ) -> Held | None:
         """Return what this address held before, if the server says that it still does."""
         known = cache.recall(known_as)
         if known is None or checks.md5 or checks.size not in (None, known.size):
             return None
-        line = Line()
+        line = Line(stopped)
         try:
             reply = line.get(source, 0, 1)
             same = reply.etag == known.etag and reply.size == known.size
-        except Cut:
+        except (Cut, Changed):
             return None
         finally:
             line.close()
         return cache.hold(known.sha256) if same else None
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(call, *arguments))
 
 
 class Errands:
@@ -278,6 +306,8 @@ def take_apart(uri: str) -> Wanted:
     Raises:
         BadRequest: it says something of its content that cannot be true or understood.
     """
+    if not uri.isprintable() and any(0xD800 <= ord(c) <= 0xDFFF for c in uri):
+        raise BadRequest(f"{shown(uri)} is no text", hint="Write the URI in Unicode.")
     match = _CHECKED.search(uri)
     if match is None:
         return Wanted(uri, Checks())
@@ -291,10 +321,6 @@ def take_apart(uri: str) -> Wanted:
         said[name] = value.lower()
     size = int(said["size"]) if "size" in said else None
     return Wanted(uri[: match.start()], Checks(size=size, sha256=said.get("sha256", ""), md5=said.get("md5", "")))
-
-
-def _source(link: Link) -> Source:
-    return Source(name=link.name, address=link.address)
 
 
 def _let_go(task: asyncio.Future[Held]) -> None:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Struct
@@ -20,15 +21,28 @@ from msgspec import Struct
 from functions.ensembles import alike
 from headrace.errors import BadRequest, HeadraceError, TooLarge
 from headrace.jobs import RECORDS, JobSpec
-from workers.sites.base import BatchSystem, Submission, SubmitBusy, SubmitRejected
+from workers.jobhand import Waiting
+from workers.jobpast import JobPast
+from workers.sites.base import ARRAY_JOBS_MAX, ARRAY_KINDS, BatchSystem, Submission, SubmitBusy, SubmitRejected
 from workers.sites.records import Records
 
-ARRAY_JOBS_MAX = 1000  # what Slurm allows where nobody changed it, and less than the hand holds
-ARRAYS = frozenset({"slurm"})  # the kinds of batch systems of which we know how to submit arrays
-_ARRAY = "array"
 _LIST = "members"
 
 Told = str | HeadraceError
+
+
+class Ready(Struct, frozen=True):
+    """A job that has its lease, its folder and its inputs (which took ``stage_in_s``), and can be submitted.
+
+    ``digest`` is that of the secret with which it reports.
+    """
+
+    waiting: Waiting
+    past: JobPast
+    spec: JobSpec
+    submission: Submission
+    digest: str
+    stage_in_s: float
 
 
 class _Member(Struct, frozen=True):
@@ -55,8 +69,9 @@ class Submitter:
         """Use a batch system; ``root`` is the folder of all jobs' folders."""
         self._system = system
         self._root = root
-        self._turns: dict[str, asyncio.Lock] = {}
-        self.together_max = ARRAY_JOBS_MAX if system.config.kind in ARRAYS else 1
+        # One submission of an array at a time; who waits for its turn holds the lock, and nobody else does.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.together_max = ARRAY_JOBS_MAX if system.config.kind in ARRAY_KINDS else 1
 
     async def submit(self, jobs: Sequence[Submission]) -> dict[str, Told]:
         """Submit jobs and return the native id of each, or why it has none, by job id."""
@@ -91,10 +106,26 @@ class Submitter:
         if array_id is None:
             return found
         known = await asyncio.to_thread(self._read, array_id)
-        array = await self._system.find(array_id, self._folder(array_id))
-        if array is None or known is None:
+        names = [] if known is None else [member.job_id for member in known.members]
+        if job_id not in names:
             return None
-        return f"{array}_{[member.job_id for member in known.members].index(job_id)}"
+        return await self._system.find(array_id, self._folder(array_id), names.index(job_id))
+
+    async def begun(self, past: JobPast, job_id: str, folder: Path, now: float) -> tuple[str | None, float]:
+        """Return the native id of a job that the batch system has, else for how many seconds more it may come up.
+
+        Raises:
+            SiteUnreachable: it cannot be looked up now.
+        """
+        if past.submitted is not None:
+            return past.submitted.native_id, 0.0
+        if not past.fence:
+            return None, 0.0  # nobody ever began to submit it
+        native_id = await self.find(job_id, folder)
+        if native_id is not None:
+            return native_id, 0.0
+        attempted_at = await asyncio.to_thread(self.attempted_at, folder)
+        return None, 0.0 if attempted_at is None else max(0.0, attempted_at + self._system.config.settle_s - now)
 
     def attempted_at(self, folder: Path) -> float | None:
         """Return when a submission of a job began of which nobody knows how it went. Blocks."""
@@ -103,11 +134,8 @@ class Submitter:
 
     def array_of(self, folder: Path) -> str | None:
         """Return the array that a job was submitted with, or is about to be, by the job's folder. Blocks."""
-        with contextlib.suppress(FileNotFoundError):
-            array_id = (folder / RECORDS / _ARRAY).read_text()
-            if (self._folder(array_id) / RECORDS / _LIST).exists():
-                return array_id
-        return None
+        array_id = Records(folder).array_id()
+        return array_id if array_id and (self._folder(array_id) / RECORDS / _LIST).exists() else None
 
     def folder_name(self, array_id: str) -> str:
         """Return the name of an array's own folder, which is beside those of its jobs."""
@@ -123,7 +151,8 @@ class Submitter:
 
     async def _array(self, array_id: str, wanted: Sequence[Submission]) -> Mapping[str, Told]:
         """Submit an array, or find it, and return what came of these members."""
-        async with self._turns.setdefault(array_id, asyncio.Lock()):
+        turn = self._turns.setdefault(array_id, asyncio.Lock())
+        async with turn:
             known = await asyncio.to_thread(self._read, array_id)
             if known is not None:
                 try:
@@ -139,7 +168,6 @@ class Submitter:
                         return {job.job_id: error for job in wanted}
                 except HeadraceError as error:
                     return {job.job_id: error for job in wanted}
-        self._turns.pop(array_id, None)
         return await self.submit(wanted)
 
     def _folder(self, array_id: str) -> Path:
@@ -149,18 +177,18 @@ class Submitter:
         """Write down what an array is made of, and return its id."""
         array_id = f"{jobs[0].job_id}-x{uuid4().hex[:8]}"
         for job in jobs:
-            records = job.folder / RECORDS
-            records.mkdir(parents=True, exist_ok=True)
-            (records / _ARRAY).write_text(array_id)
+            records = Records(job.folder)
+            records.make()
+            records.note_array(array_id)
         members = [
             _Member(job_id=job.job_id, folder=str(job.folder), spec=job.spec, before=job.before, after=job.after)
             for job in jobs
         ]
-        records = self._folder(array_id) / RECORDS
-        records.mkdir(parents=True, exist_ok=True)
-        aside = records / f"{_LIST}.new"
+        records = Records(self._folder(array_id))
+        records.make()
+        aside = records.path / f"{_LIST}.new"
         aside.write_bytes(msgspec.json.encode(_List(array_id, members)))
-        aside.replace(records / _LIST)
+        aside.replace(records.path / _LIST)
         return array_id
 
     def _read(self, array_id: str) -> _List | None:

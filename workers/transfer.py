@@ -22,7 +22,8 @@ import msgspec
 from msgspec import Struct, structs
 
 from headrace.errors import BadRequest, Unavailable
-from workers.lines import Changed, Cut, Line, Reply, Source
+from workers.egress import Cut, Stopped
+from workers.lines import Changed, Line, Reply, Source
 
 # More than a few connections to each core are not quicker, and the network alone is rarely worth more than eight.
 LINES_MAX = min(8, 2 * (os.cpu_count() or 1))
@@ -40,10 +41,6 @@ OnMoved = Callable[[int, int], None]
 
 class Damaged(Exception):
     """What came is not what was promised; the message says what differs."""
-
-
-class Stopped(Exception):
-    """Nobody waits for it any more."""
 
 
 class Checks(Struct, frozen=True, kw_only=True):
@@ -153,7 +150,7 @@ class Transfer:
         self._journal.unlink(missing_ok=True)
 
     def _fetch(self) -> Fetched:
-        line = Line()
+        line = Line(self._stopped)
         try:
             first = self._first(line)
             size = first.size
@@ -183,28 +180,36 @@ class Transfer:
 
     def _fill(self, filling: _Filling, line: Line, first: Reply) -> Fetched:
         checks = _promised(self._checks, first, is_own=self._source.guard is None)
-        lanes = max(1, min(self._lines_max, len(filling.missing)))
-        with ThreadPoolExecutor(lanes + 1, thread_name_prefix="transfer") as threads:
-            tasks: list[Future[Any]] = [threads.submit(self._work, filling, line, first)]
-            tasks += [threads.submit(self._work, filling, Line(), None) for _ in range(lanes - 1)]
-            hashing = threads.submit(filling.hash, bool(checks.md5))
-            tasks.append(hashing)
-            wait(tasks)
-        causes = [error for task in tasks if (error := task.exception()) is not None]
-        if causes:  # one that failed stops the others: what they say of it is not the cause
-            raise next((c for c in causes if not isinstance(c, Stopped)), causes[0])
-        sha256, md5 = hashing.result()
+        sha256, md5 = self._filled(filling, line, first, with_md5=bool(checks.md5))
         if checks.sha256 and sha256 != checks.sha256:
             raise Damaged(f"its SHA-256 is {sha256} instead of {checks.sha256}")
         if checks.md5 and md5 != checks.md5:
             raise Damaged(f"its MD5 is {md5} instead of {checks.md5}")
         return Fetched(size=filling.begun.size, sha256=sha256, etag=filling.begun.etag, moved=self._moved)
 
+    def _filled(self, filling: _Filling, line: Line, first: Reply, *, with_md5: bool) -> tuple[str, str]:
+        """Fill what is missing and return SHA-256 and MD5 of all of it."""
+        if filling.begun.parts <= 1:  # threads would take longer than the transfer
+            self._work(filling, line, first)
+            return filling.hash(with_md5)
+        lanes = max(1, min(self._lines_max, len(filling.missing)))
+        with ThreadPoolExecutor(lanes + 1, thread_name_prefix="transfer") as threads:
+            tasks: list[Future[Any]] = [threads.submit(self._work, filling, line, first)]
+            tasks += [threads.submit(self._work, filling, Line(self._stopped), None) for _ in range(lanes - 1)]
+            hashing = threads.submit(filling.hash, with_md5)
+            tasks.append(hashing)
+            wait(tasks)
+        causes = [error for task in tasks if (error := task.exception()) is not None]
+        if causes:  # one that failed stops the others: what they say of it is not the cause
+            raise next((c for c in causes if not isinstance(c, Stopped)), causes[0])
+        return hashing.result()
+
     # ------------------------------------------------------------ one connection's work
 
     def _work(self, filling: _Filling, line: Line, first: Reply | None) -> None:
         """Fill parts until there are none left. The first answer is used where its part is still missing."""
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        begun = filling.begun
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, begun.size)))
         try:
             if first is not None and not filling.take_first():
                 line.close()
@@ -212,8 +217,9 @@ class Transfer:
             number: int | None = 0 if first is not None else filling.take()
             while number is not None:
                 self._part(filling, line, buffer, number, first)
-                with filling.turn, self._journal.open("ab") as journal:
-                    journal.write(b"%d\n" % number)
+                if begun.parts > 1:
+                    with filling.turn, self._journal.open("ab") as journal:
+                        journal.write(b"%d\n" % number)
                 filling.finish(number)
                 number, first = filling.take(), None
         except BaseException:
@@ -254,7 +260,13 @@ class Transfer:
             count = response.readinto(buffer[: min(len(buffer), end - at)])
             if not count:
                 return
-            write_all(filling.handle, buffer[:count], at)
+            try:
+                write_all(filling.handle, buffer[:count], at)
+            except OSError as error:  # no fault of the line, so nothing to try again
+                raise Unavailable(
+                    f"{self._source.name} cannot be written to the cache: {error.strerror}",
+                    hint="Free some space on the disk of the cache, or move it with HEADRACE_CACHE_DIR.",
+                ) from error
             at += count
             with filling.turn:
                 self._moved += count
@@ -286,6 +298,9 @@ class Transfer:
         return self._begin(begun)
 
     def _begin(self, begun: Begun) -> set[int]:
+        if begun.parts <= 1:  # of one part, nothing is there until all of it is
+            self._journal.unlink(missing_ok=True)
+            return set()
         self._journal.write_bytes(msgspec.json.encode(begun) + b"\n")
         return set()
 
@@ -328,7 +343,7 @@ class _Filling:
     def hash(self, with_md5: bool) -> tuple[str, str]:
         """Follow behind the parts and return SHA-256 and MD5 of what lies in the file."""
         sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, self.begun.size)))
         for number in range(self.begun.parts):
             with self.turn:
                 while number not in self._done:

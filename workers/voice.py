@@ -101,7 +101,7 @@ class Voice:
             moved=self._moved,
         )
         self._lines, self._fraction, self._text, self._moved = [], None, "", None
-        return Record(note_subject(run, identity, self._attempt), encode(note))
+        return Record(note_subject(run, identity, self._attempt), encode(note), hint=not note.lines)
 
     def _tell_start(self) -> None:
         invocation = self._invocation

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct, structs
 
-from functions import effects, jobs, outcomes
+from functions import effects, outcomes
 from functions.busy import Busy
 from functions.outcomes import Attempted, World
 from functions.outlook import Outlook
@@ -40,6 +40,7 @@ from headrace.errors import (
     UserError,
 )
 from headrace.model import Code, ErrorInfo, InvocationState
+from headrace.tasks import ended
 from headrace.wire import (
     RETRACTER,
     SPREADER,
@@ -59,7 +60,7 @@ from streams.blobs import Blobs, check_in
 from streams.intake import Delivery, Intake
 from streams.log import AlreadyThere, Log, Record
 from streams.newest import outdated
-from streams.poll import Arrival
+from streams.presence import Present, tell
 from streams.tables import Tables
 from streams.threads import NOTHING_TO_SETTLE, Settled, settle
 from streams.topology import (
@@ -69,6 +70,7 @@ from streams.topology import (
     start_subject,
 )
 from workers.bound import Bound
+from workers.burial import Burial
 from workers.cancels import Cancels
 from workers.commits import APPEND_TIMEOUT_S, Commits, Fenced, checked_in, listed
 from workers.durations import Durations
@@ -77,6 +79,7 @@ from workers.inputs import Inputs
 from workers.joins import Joins
 from workers.ladder import Ladder
 from workers.late import Late, stopped_after, useful_s
+from workers.placing import placed
 from workers.pool import Pool
 from workers.staging import Errands, Stager
 from workers.voice import Voice
@@ -125,15 +128,15 @@ class Worker:
         self._durations = Durations(self._outlook, tools.clock)
         self._busy = Busy(tools.clock)
         self._hand = WorkerHand(policy(tools.order, tools.slots), self._durations, self._busy, tools.clock)
+        self._commits = Commits(tools.log, Joins(tools.log, tools.clock, self._outlook), tools.clock)
         self._intake = Intake(
             tools.log,
             self._hand,
             tools.tables.tenants,
             slots=tools.slots,
             on_over=self._end_later,
-            on_unreadable=self._bury_later,
+            on_unreadable=Burial(tools.name, tools.log, self._commits, self._go_on, tools.clock).later,
         )
-        self._commits = Commits(tools.log, Joins(tools.log, tools.clock, self._outlook), tools.clock)
         self._ladder = Ladder(tools.log, tools.tables, self._outlook, tools.clock)
         self._free = asyncio.Semaphore(tools.slots)
         self._uncommitted = asyncio.Semaphore(UNCOMMITTED_MAX)
@@ -147,21 +150,19 @@ class Worker:
         """Work until ``stop`` is set; then finish what runs (``drain_s`` seconds at most), hand back the rest."""
         cancels = asyncio.create_task(self._cancels.follow(), name="worker-cancels")
         taking = asyncio.create_task(self._take_for_ever(), name="worker-take")
+        present = Present(worker=self._tools.name, slots=self._tools.slots)
+        telling = asyncio.create_task(tell(self._log.link, present), name="worker-presence")
         stopping = asyncio.create_task(stop.wait())
         try:
             done, _ = await asyncio.wait({taking, cancels, stopping}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # one that failed ends the worker, which is started again
         finally:
-            for task in (taking, cancels, stopping):
-                task.cancel()
-            await asyncio.gather(taking, cancels, stopping, return_exceptions=True)
+            await ended({taking, cancels, telling, stopping})
             await self._intake.stop()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=drain_s)
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await ended(self._tasks)
             await self._intake.close()
 
     async def _take_for_ever(self) -> None:
@@ -361,13 +362,12 @@ class Worker:
             voice = Voice(self._log, delivery, self._tools.name, past.attempt, past.fence, self._clock)
             if why:
                 voice.line("ladder", why)
-            with contextlib.ExitStack() as lent:
-                now = partial(self._tried, delivery, past, started_at, errands=errands)
-                watch = self._ladder.watch(invocation, now, partial(self._lend, lent, slot_free))
-                try:
-                    returned = await self._run(delivery, past, record, kind, body, voice, errands)
-                finally:
-                    await watch.stop()
+            returned = await self._ladder.looked_after(
+                invocation,
+                self._run(delivery, past, record, kind, body, voice, errands),
+                tried=partial(self._tried, delivery, past, started_at, errands=errands),
+                lend=partial(self._lend, slot_free),
+            )
         except FunctionError as failure:
             error = failure
         except NotFound as gone:  # its payload or its code was cleaned away: no further attempt can bring it back
@@ -406,7 +406,7 @@ class Worker:
             await self._ladder.keep(invocation, tried)
         return ended
 
-    def _lend(self, lent: contextlib.ExitStack, slot_free: Callable[[], None]) -> None:
+    def _lend(self, slot_free: Callable[[], None], lent: contextlib.ExitStack) -> None:
         """Let what is most urgent run beside what overruns, where no slot is free."""
         if self._free.locked():
             lent.enter_context(self._tools.pool.one_more())
@@ -481,7 +481,8 @@ class Worker:
         self, delivery: Delivery, tried: Attempted, returned: Returned, notes: list[Record]
     ) -> None:
         blobs, world = self._tools.blobs, self._world(delivery.invocation)
-        asked = [await checked_in(each, blobs) for each in jobs.placed(returned.effects, delivery.invocation, world)]
+        planned = await placed(returned.effects, delivery.invocation, world, self._tools.tables.sites)
+        asked = [await checked_in(each, blobs) for each in planned]
         kept = {
             position: await check_in(listed(payloads), blobs)
             for position, payloads in effects.large_maps(asked).items()
@@ -558,20 +559,6 @@ class Worker:
             tried = self._tried(delivery, past, started_at, self._clock())
             info = ErrorInfo(kind=error.kind, message=_told(error))
             await self._commits.commit(*outcomes.fail(delivery.invocation, tried, info))
-
-    # ------------------------------------------------------------ what nobody can read
-
-    def _bury_later(self, arrived: Arrival) -> None:
-        self._go_on(self._bury(arrived))
-
-    async def _bury(self, arrived: Arrival) -> None:
-        """End an invocation whose message no worker could read, so that its run ends too."""
-        try:
-            outcome, unit = outcomes.unreadable(arrived.subject, self._tools.name, arrived.at, self._clock())
-            await self._commits.commit(outcome, unit)
-            await self._intake.acknowledge(arrived)
-        except (HeadraceError, Fenced) as error:
-            _log.warning("message %d is not buried yet: %s", arrived.seq, error)
 
 
 class _Once:

@@ -123,9 +123,16 @@ function takeOne(event, data) {
   } else if (event === "invocation") runs.takeStep(data, at);
   else if (event === "job") runs.takeJob(data, at);
   else if (event === "progress" || event === "log") runs.takeNote(data, at);
-  else if (event === "site") drawSites([...sites.set(String(data.name), data).values()].map(siteLine));
+  else if (event === "site") takeSite(data);
   else return;
   changed();
+}
+
+/** @param {any} data a site as it is now */
+function takeSite(data) {
+  const name = String(data.name);
+  runs.sites.set(name, String(data.status));
+  drawSites([...sites.set(name, data).values()].map(siteLine));
 }
 
 /** Ask about the runs on the page of which something is missing, one at a time: the stream is for speed, this for truth. */
@@ -169,7 +176,7 @@ const functionLine = ({ name, version }) => ({ name, text: version });
 
 /** @param {any} view */
 function siteLine({ name, status, detail, gpus, queue }) {
-  const free = gpus?.total ? `${gpus.free} of ${gpus.total} GPUs free` : "";
+  const free = gpus?.total && gpus.free !== undefined ? `${gpus.free} of ${gpus.total} GPUs free` : "";
   const waiting = queue?.jobs ? `${queue.jobs} jobs waiting` : "";
   return { name, text: [status, detail, free, waiting].filter(Boolean).join(", ") };
 }

@@ -55,10 +55,18 @@ export function mostly(run) {
 
 // ---- rows
 
+/** @param {string} name of a part @param {string} [more] */
+function swatch(name, more = "") {
+  const item = make("li");
+  item.append(make("span", `swatch ${name.replace(" ", "-")}`), name + more);
+  return item;
+}
+
 /** @param {Runs} runs @param {number} at */
 export function drawEnded(runs, at) {
   const shown = runs.newestEnded().slice(0, ENDED_ROWS);
   sync(byId("ended"), shown, (run) => run.id, endedRow, (row, run) => fillEnded(row, run, runs.word(run, at)));
+  if (shown.length && !byId("parts").firstChild) byId("parts").append(...PARTS.map(([, name]) => swatch(name)));
   say(byId("ended-note"), shown.length ? "" : "No run has ended yet.");
 }
 
@@ -120,9 +128,7 @@ async function showAnswer(body, run) {
   const times = make("ul", "legend");
   times.setAttribute("aria-label", "Where the time went");
   for (const { name, seconds } of spentParts(run.spent ?? {})) {
-    const item = make("li");
-    item.append(make("span", `swatch ${name.replace(" ", "-")}`), `${name} ${took(seconds)}`);
-    times.append(item);
+    times.append(swatch(name, ` ${took(seconds)}`));
   }
   const facts = make("p", "facts");
   facts.append("Run ", make("code", "", run.id), run.function ? ` of function ${run.function}` : "");

@@ -9,7 +9,8 @@ import { instant } from "./time.js";
 
 /** @typedef {"on time" | "at risk" | "late" | "no deadline" | "done" | "failed" | "canceled"} Word */
 /** @typedef {{kind: string, message: string}} Failure */
-/** @typedef {{function: string, state: string, attempts: number, job: string | null}} Step a job has its native id */
+/** @typedef {{native: string | null, site: string | null}} Job its native id and its site, as far as they are known */
+/** @typedef {{function: string, state: string, attempts: number, job: Job | null}} Step */
 /** @typedef {{level: number, function: string, of: number}} Fidelity */
 /**
  * @typedef {object} Run
@@ -44,8 +45,6 @@ const ENDED_MAX = 50;
 const STEPS_MAX = 32;
 const MESSAGE_CHARS_MAX = 4000;
 const FINAL = new Set(["succeeded", "failed", "canceled", "dead", "completed"]);
-/** @type {Record<string, string>} */
-const JOB = { new: "waits for its site", queued: "is in the queue", active: "running" };
 const RANK = { accepted: 1, running: 2, succeeded: 3, failed: 3, canceled: 3 };
 
 export class Runs {
@@ -53,6 +52,8 @@ export class Runs {
   open = new Map();
   /** @type {Map<string, Run>} */
   ended = new Map();
+  /** @type {Map<string, string>} the status of each site, by its name */
+  sites = new Map();
   /** Some open runs are not held any more. */
   overflown = false;
   #usual = new Usual();
@@ -124,7 +125,7 @@ export class Runs {
   takeJob(data, at) {
     if (!data.state) return; // its wrapper was heard, which changes nothing
     const known = this.open.get(String(data.run_id))?.steps.get(String(data.job_id));
-    this.takeStep({ ...asStep({ native_id: known?.job, ...data }), run_id: data.run_id }, at);
+    this.takeStep({ ...asStep({ native_id: known?.job?.native, site: known?.job?.site, ...data }), run_id: data.run_id }, at);
   }
 
   /** @param {any} data of a `progress` or `log` event @param {number} at */
@@ -294,8 +295,8 @@ const step = (data) => ({
 const asStep = (job) => ({
   invocation_id: job.job_id,
   function: `job ${job.native_id ?? ""}`.trim(),
-  state: JOB[job.state] ?? job.state,
-  job: job.native_id,
+  state: job.state,
+  job: { native: job.native_id ?? null, site: job.site ?? null },
 });
 
 /** @param {Run} run the lower, the more urgent */

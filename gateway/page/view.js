@@ -28,7 +28,7 @@ export function drawHeadline(runs, at, quiet) {
   if (run) sentence(run, at);
   else say(byId("says"), "No runs yet.");
   if (quiet) say(byId("more"), `No news from the platform for ${left(quiet)}: this is what was known then.`);
-  else say(byId("more"), run ? [where(run), rest(runs, at)].filter(Boolean).join(" · ") : "Send the first: headrace trigger ROUTE");
+  else say(byId("more"), run ? [where(run, runs.sites), rest(runs, at)].filter(Boolean).join(" · ") : "Send the first: headrace trigger ROUTE");
 }
 
 /** @param {Run} run @param {number} at */
@@ -62,15 +62,15 @@ function rest(runs, at) {
   return runs.open.size > 1 ? `in flight: ${said.map((word) => `${counts[word]} ${word}`).join(", ")}` : "";
 }
 
-/** @param {Run} run which function has it, and how far it is */
-function where(run) {
+/** @param {Run} run which function has it, and how far it is @param {Map<string, string>} sites */
+function where(run, sites) {
   if (ended(run)) return failure(run) || mostly(run);
   const steps = [...run.steps.values()];
-  const step = steps.find((one) => one.state === "running") ?? steps[0];
+  const step = steps.find((one) => one.state === "running" || one.state === "active") ?? steps[0];
   const parts = [];
   if (worth(run)) parts.push(`answered at ${worth(run)}, a better answer is on its way`);
   else if (run.answeredAt !== null) parts.push("answered, follow-ups go on");
-  if (step) parts.push(`${step.function} ${doing(step)}`);
+  if (step) parts.push(`${step.function} ${step.job ? atSite(step.state, step.job, sites) : doing(step)}`);
   else if (run.answeredAt === null) parts.push(`${run.function} ${run.state === "accepted" ? "waits for a worker" : run.state}`);
   if (run.stepsTotal > 1) parts.push(`${run.stepsEnded} of ${run.stepsTotal} done`);
   if (run.fraction !== null) parts.push(`${Math.round(run.fraction * 100)} %`);
@@ -82,6 +82,15 @@ function where(run) {
 function doing(step) {
   if (step.state !== "queued") return step.attempts > 1 ? `${step.state}, attempt ${step.attempts}` : step.state;
   return step.attempts > 0 ? `failed, waits for attempt ${step.attempts + 1}` : "waits for a worker";
+}
+
+/** @type {Record<string, string>} */
+const JOB = { new: "waits for", queued: "is in the queue of", held: "is held at", active: "running at" };
+
+/** @param {string} state of a job @param {import("./runs.js").Job} job @param {Map<string, string>} sites */
+function atSite(state, { site }, sites) {
+  const status = sites.get(site ?? "") ?? "up";
+  return `${JOB[state] ?? `${state} at`} ${site ?? "its site"}${status === "up" ? "" : ` (${status})`}`;
 }
 
 /** @param {Runs} runs @param {number} at those old enough to be drawn, of which enough is known, the most urgent first */
@@ -118,12 +127,12 @@ function tickRow(row, run, runs, at) {
   say(word, row.dataset.word);
   const usual = runs.usual(run.route);
   const hopeless = run.verdict === "infeasible" ? "; not expected in time" : "";
-  say(place, where(run) + (usual ? `; usually ${took(usual.p50)}` : "") + hopeless);
+  say(place, where(run, runs.sites) + (usual ? `; usually ${took(usual.p50)}` : "") + hopeless);
   const whole = run.deadline === null ? 0 : run.deadline - began(run);
   const rest = run.deadline === null ? 0 : run.deadline - at;
   if (run.deadline === null) say(due, `${left((at - began(run)) / 1000)} so far`);
   else say(due, rest >= 0 ? `${left(rest / 1000)} left of ${given(whole / 1000)}` : `${left(-rest / 1000)} over`);
-  const part = whole > 0 ? Math.min(1, Math.max(0, rest / whole)) : 0;
+  const part = run.deadline === null ? (run.fraction ?? 0) : whole > 0 ? Math.min(1, Math.max(0, rest / whole)) : 0;
   /** @type {HTMLElement} */ (bar.firstElementChild).style.transform = `scaleX(${part.toFixed(4)})`;
 }
 

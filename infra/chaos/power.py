@@ -40,6 +40,8 @@ CONTRAST_CUTS = 3
 RATE_PER_S = 100.0
 IMAGE_BYTES = 2 * 1024**3
 SETTLED_S = 1.0
+FIRST_S = 60.0
+STEP_S = 0.01
 CONTRAST_PATIENCE_S = 2.0
 EXAMINED_AT_ONCE = 3
 IDLE_S = 0.5
@@ -106,6 +108,7 @@ async def _cut_under_load(trial: Trial, count: int, room: str) -> tuple[list[Cut
             began = time.monotonic()
             for number, moment in enumerate(moments, 1):
                 await asyncio.sleep(max(0.0, began + moment - time.monotonic()))
+                await _first_effect(trial)
                 cuts.append(await asyncio.to_thread(_cut, trial, island, image, number))
         trial.say(f"{triggers:,} triggers, {count} cuts ({room})")
     return cuts, len({reply.id for reply in trial.replies() if reply.answered == "accepted"})
@@ -117,6 +120,13 @@ def _island(trial: Trial, image: Path, room: str, ledger: Path | None = None) ->
     if ledger is not None:
         mounts.append(("--bind", str(ledger), str(trial.ledger)))
     return Island(trial.folder / "disk", mounts, room=room)
+
+
+async def _first_effect(trial: Trial) -> None:
+    """Return once something was accepted and ran: from a cut before that nothing could be lost."""
+    async with asyncio.timeout(FIRST_S):
+        while not trial.ledger.exists():
+            await asyncio.sleep(STEP_S)
 
 
 def _cut(trial: Trial, island: Island, image: Path, number: int) -> Cut:

@@ -15,7 +15,7 @@ import msgspec
 from infra.embedded import free_port
 from infra.process import NotStarted
 from infra.programs import NoServer
-from infra.slurm import sbatch
+from infra.slurm import pbs, sbatch
 from infra.slurm.daemons import Daemon, processes_marked, until
 from infra.slurm.layout import JOB_MINUTES_MAX, LOOPBACK, Layout, Shape
 
@@ -203,6 +203,14 @@ class Cluster:
         """Let a node take no new jobs."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=maintenance")
 
+    def end_soon(self, jobs: Sequence[str]) -> None:
+        """Let running jobs come to the end of their time now; Slurm ends them when it next looks, within half a minute.
+
+        A limit is a minute at least, and a test that waits for one waits for longer than for all others together.
+        """
+        for job in jobs:
+            self.run("scontrol", "update", f"JobId={job}", "EndTime=now+1")
+
     def resume(self, node: str) -> None:
         """Let a drained or downed node take jobs again."""
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
@@ -280,7 +288,10 @@ class Cluster:
         node_ports = [free_port() for _ in shape.names]
         layout.conf.write_text(layout.slurm_conf(shape, free_port(), node_ports))
         (layout.conf.parent / "gres.conf").write_text(layout.gres_conf(shape))
-        sbatch.install(_program("sbatch") or "sbatch", layout.bin, layout.sbatch_fault)
+        sbatch.install(_program("sbatch") or "sbatch", layout.bin / "sbatch", layout.sbatch_fault)
+        if (qsub := _program(pbs.PROGRAM)) is not None:
+            sbatch.install(str(pbs.install(qsub, layout.bin)), layout.bin / pbs.PROGRAM, layout.sbatch_fault)
+            (layout.conf.parent / "plugstack.conf").write_text(f"optional {pbs.PLUGIN}\n")
 
     def _all_idle(self) -> bool:
         if self.controller.pid is None:

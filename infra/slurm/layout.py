@@ -81,11 +81,14 @@ class Layout:
             f"SlurmdPidFile={folder}/run/slurmd.%n.pid",
             "ProctrackType=proctrack/linuxproc",
             "TaskPlugin=task/none",
-            "JobAcctGatherType=jobacct_gather/none",
+            "JobAcctGatherType=jobacct_gather/linux",
+            "JobAcctGatherFrequency=task=1",
+            "JobAcctGatherParams=OverMemoryKill",  # where control groups cannot, the nodes' daemons watch the memory
             "MpiDefault=none",
             "SwitchType=switch/none",
             "SelectType=select/cons_tres",
-            "SelectTypeParameters=CR_CPU",
+            "SelectTypeParameters=CR_CPU_Memory",
+            f"DefMemPerCPU={NODE_MEMORY_MIB // shape.cpus}",
             "SlurmdParameters=config_overrides",  # more CPUs than this machine has
             "GresTypes=gpu",
             "ReturnToService=1",  # 2 would bring a node that a test took down back by itself

@@ -1,4 +1,4 @@
-"""An ``sbatch`` in front of the real one that fails when it is told to, as a controller under load makes it fail.
+"""An ``sbatch`` or ``qsub`` in front of the real one that fails when told to, as one of a controller under load does.
 
 The fault is chosen by the content of a file, ``MODE COUNT``: the next COUNT calls fail so, later ones do not.
 """
@@ -27,7 +27,8 @@ timed_out() {{ echo "$said" >&2; exit 1; }}
 case "$mode" in
 before) timed_out ;;
 after) {real} "$@" >/dev/null 2>&1; timed_out ;;
-late) (sleep {late_s}; exec {real} "$@") >/dev/null 2>&1 </dev/null & timed_out ;;
+late) (for fd in /proc/$BASHPID/fd/*; do fd=${{fd##*/}}; if [ "$fd" -gt 2 ]; then eval "exec $fd>&-"; fi; done
+  sleep {late_s}; exec {real} "$@") >/dev/null 2>&1 </dev/null & timed_out ;;
 slow) sleep {late_s}; exec {real} "$@" ;;
 hang) exec sleep {hang_s} ;;
 *) exec {real} "$@" ;;
@@ -35,14 +36,13 @@ esac
 """
 
 
-def install(real: str, folder: Path, fault: Path) -> None:
-    """Write the wrapper as ``folder/sbatch``; ``fault`` is the file that chooses.
+def install(real: str, script: Path, fault: Path) -> None:
+    """Write the wrapper of ``real`` as ``script``; ``fault`` is the file that chooses.
 
     ``before``: says that it timed out and submits nothing. ``after``: submits, then says so. ``late``: says so, and the
-    job is submitted a second later, as by a controller that hung. ``slow``: submits after a second, and says so.
-    ``hang``: does nothing for a long time.
+    job is submitted a second later, as by a controller that hung, while nothing holds any more what its caller held.
+    ``slow``: submits after a second, and says so. ``hang``: does nothing for a long time.
     """
-    script = folder / "sbatch"
     script.write_text(_SCRIPT.format(fault=fault, real=real, late_s=LATE_S, hang_s=HANG_S))
     script.chmod(0o755)
 

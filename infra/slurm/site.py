@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from infra import siteusers
 from infra.logfile import LogFile
 from infra.process import Child
 from infra.readiness import ReadyPipe
@@ -60,8 +61,7 @@ async def agent(config: Path, *, data: Path, nats_url: str, url: str) -> AsyncIt
     settings = {
         "data_dir": data,
         "nats_url": nats_url,
-        "nats_user": AGENT,
-        "nats_password_file": data / "run" / f"nats-{AGENT}.password",
+        "nats_password_file": siteusers.kept(data, SITE),
         "public_url": url,
         "ready_fd": pipe.fd,
     }

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functions.admission import Admitted, admit
 from functions.lessons import Lessons
+from functions.outlook import Outlook
 from functions.qos import deadline_of
 from gateway.acceptance import Acceptance
 from gateway.waiting import answers
 from headrace.errors import FunctionError, NotFound, Overloaded, Unavailable
 from headrace.model import Code
+from headrace.tasks import ended
 from headrace.wire import Cancel, EventMeta, ForecastRow, FunctionRecord, Invoke, Returned, RouteRecord, Said, encode
 from streams.ledger import Writer
 from streams.link import Link
@@ -27,6 +29,7 @@ from tests.simulation import ladders, programs
 from tests.simulation.client import SimClient
 from tests.simulation.loop import WORLD, Process
 from tests.simulation.server import EPOCH
+from workers.adoption import Adoption
 from workers.worker import Tools, Worker
 
 if TYPE_CHECKING:
@@ -275,7 +278,24 @@ class WorkerActor(Actor):
             rng=random.Random(world.seed * 1000 + self.starts),
         )
         self._stop = asyncio.Event()
+        adopting = None
+        if world.batches:
+            adoption = Adoption(
+                self.name,
+                log,
+                world.tables.sites,
+                tools.blobs,
+                Outlook(world.tables.forecasts.get),
+                tools.rng,
+                grace_s=2.0,
+                forgotten_s=8.0,
+                silent_s=3.0,  # shorter than between two words of an agent: it is taken for silent while it works
+                clock=self.clock,
+            )
+            adopting = asyncio.create_task(adoption.run())
         await world.worker_kind(tools).run(self._stop, drain_s=1.0)
+        if adopting is not None:
+            await ended([adopting])
 
     def stop(self) -> None:
         """Tell the process to finish and end, as a service manager does."""

@@ -6,19 +6,25 @@ import asyncio
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from functions.jobs import read_job
 from headrace.joblog import SiteRecord
 from streams.log import Log
 from tests.simulation import programs
 from tests.simulation.actors import Actor, Blobs
 from tests.simulation.programs import RETRIES, SITE, Program, Step
-from workers.agent import Agent, Tools
+from tests.simulation.server import EPOCH
+from workers.agent import Agent
+from workers.jobhand import HELD_MAX
+from workers.jobtools import Tools
 from workers.push import Pushed
 from workers.sites.base import (
     Capacity,
@@ -36,6 +42,9 @@ if TYPE_CHECKING:
     from tests.simulation.check import Facts
     from tests.simulation.world import World
 
+PILOT_JOB_S = 1.0  # so long jobs are counted with at a pilot; some take longer
+DRAIN_S = 1.5
+NARROW_SHARE = 0.4
 LEFT_S = 15.0  # so soon after its run was canceled a job has ended, once there are no faults any more
 
 
@@ -50,17 +59,29 @@ class Native:
     started_at: float
     ended_at: float
     canceled: bool = False
+    killed: bool = False
 
 
 class SimBatch:
     """A batch system that does what all promise: a job exists once, however often it is submitted under its name."""
 
-    def __init__(self, world: World, rng: random.Random) -> None:
+    def __init__(self, world: World, rng: random.Random, site: str = SITE) -> None:
         self._world = world
         self._rng = rng
         self.jobs: dict[str, Native] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-sim-"))
-        self.config = SiteConfig(name=SITE, kind="simulated", work=str(self.folder), settle_s=2.0)
+        # In some worlds the site takes few jobs at a time, and its agent has fewer of them in its hand than wait.
+        narrow = random.Random(world.seed * 104729 + 11)
+        jobs_max = narrow.randrange(1, 4) if narrow.random() < NARROW_SHARE else None
+        self.held_max = narrow.randrange(1, 4) if narrow.random() < NARROW_SHARE else HELD_MAX
+        self.config = SiteConfig(
+            name=site,
+            kind="simulated",
+            work=str(self.folder),
+            settle_s=2.0,
+            duration_s=PILOT_JOB_S,
+            jobs_max=jobs_max,
+        )
 
     def close(self) -> None:
         """Remove what the agents left on the site's disk."""
@@ -97,7 +118,7 @@ class SimBatch:
     async def submit_array(self, array_id: str, jobs: Sequence[Submission]) -> dict[str, str]:
         raise NotImplementedError
 
-    async def find(self, job_id: str, folder: Path) -> str | None:
+    async def find(self, job_id: str, folder: Path, place: int | None = None) -> str | None:
         await self._reach()
         known = self.jobs.get(job_id)
         return None if known is None else known.native_id
@@ -122,7 +143,8 @@ class SimBatch:
             return msgspec.structs.replace(ended, state="failed", reason="exit_code", exit_code=program.value)
         return msgspec.structs.replace(ended, exit_code=program.value)
 
-    async def cancel(self, native_ids: Sequence[str]) -> None:
+    async def cancel(self, jobs: Sequence[Known]) -> None:
+        native_ids = {job.native_id for job in jobs}
         await self._reach()
         now = self._world.server.now
         for job in self.jobs.values():
@@ -142,6 +164,13 @@ class SimBatch:
             jobs_running=0,
         )
 
+    def end(self) -> None:
+        """Lose all nodes, with what runs on them."""
+        now = self._world.server.now
+        for job in self.jobs.values():
+            if now < job.ended_at:
+                job.ended_at, job.killed = now, True
+
     @property
     def quiet(self) -> bool:
         """Whether nothing of it waits or runs."""
@@ -156,10 +185,11 @@ class _NoPush:
 
 
 class Sites:
-    """The table of sites, as all processes see it at once."""
+    """The table of sites, as all processes see it at once; ``now`` tells the server's time, at which it stores rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self._rows: dict[str, SiteRecord] = {}
+        self._now = now
 
     def items(self) -> dict[str, SiteRecord]:
         return self._rows
@@ -171,20 +201,33 @@ class Sites:
         return self._rows.get(name)
 
     async def put(self, name: str, row: SiteRecord) -> None:
-        self._rows[name] = row
+        self._rows[name] = msgspec.structs.replace(row, at=self._now())
+
+    async def create(self, name: str, row: SiteRecord) -> bool:
+        if name in self._rows:
+            return False
+        await self.put(name, row)
+        return True
+
+    async def delete(self, name: str) -> bool:
+        return self._rows.pop(name, None) is not None
 
 
 class AgentActor(Actor):
-    """The agent of the site."""
+    """The agent of a site."""
 
     kind = "agent"
+    ends_at: float | None = None
+
+    def __init__(self, world: World, name: str, batch: SimBatch) -> None:
+        super().__init__(world, name)
+        self.batch = batch
 
     async def main(self, log: Log) -> None:
         """Work for ever."""
         world = self.world
         assert self.process is not None
-        assert world.batch is not None
-        batch = world.batch
+        batch = self.batch
         tools = Tools(
             host=self.process.name,
             site=batch.config,
@@ -195,9 +238,41 @@ class AgentActor(Actor):
             blobs=Blobs(world),
             stager=None,  # type: ignore[arg-type] # no job here has inputs or outputs
             push=_NoPush(),  # type: ignore[arg-type]
+            ends_at=self.ends_at,
+            held_max=batch.held_max,
             clock=self.clock,
         )
-        await Agent(tools).run(asyncio.Event(), drain_s=1.0)
+        stop = asyncio.Event()
+        if self.ends_at is not None:
+            left_s = self.ends_at - DRAIN_S - self.clock()
+            asyncio.get_running_loop().call_later(max(0.0, left_s), stop.set)
+        await Agent(tools).run(stop, drain_s=DRAIN_S)
+
+
+class PilotActor(AgentActor):
+    """The agent of a site in an allocation, which ends when that does, or before, with all that runs on its nodes."""
+
+    def __init__(self, world: World, name: str, batch: SimBatch, rng: random.Random) -> None:
+        super().__init__(world, name, batch)
+        left_s = 4.0 + 12.0 * rng.random()
+        self.ends_at = EPOCH + left_s
+        self.gone = False
+        world.loop.later(left_s * (rng.random() if rng.random() < 0.5 else 1.0), self._end)
+
+    @property
+    def well(self) -> bool:
+        """Whether it works, or has ended."""
+        return self.gone or super().well
+
+    def start(self) -> None:
+        """Start a process, unless one runs, or there is no machine to start it on."""
+        if not self.gone:
+            super().start()
+
+    def _end(self) -> None:
+        self.gone = True
+        self.batch.end()
+        self.crash(0.0)
 
 
 # ---------------------------------------------------------------- drawing them
@@ -239,10 +314,13 @@ def _job(rng: random.Random) -> Program:
 
 def check(world: World, facts: Facts) -> list[str]:
     """Return what is wrong with jobs: each attempt exists once at the site, one of them counts, and none is left."""
-    if world.batch is None:
-        return []
     wrong = []
-    for name, native in world.batch.jobs.items():
+    natives = [(name, native) for batch in world.batches.values() for name, native in batch.jobs.items()]
+    names = Counter(name for name, _ in natives)
+    wrong += [
+        f"doubled: the job {name} was submitted at {several} sites" for name, several in names.items() if several > 1
+    ]
+    for name, native in natives:
         identity, _, attempt = name.rpartition("-")
         works = facts.works.get(identity)
         if works is None:
@@ -257,11 +335,13 @@ def check(world: World, facts: Facts) -> list[str]:
                 wrong.append(f"left: the job {name} ran on for {native.ended_at - at:.0f} s after its run was canceled")
     for identity, several in facts.jobs.items():
         tries = len(facts.tries.get(identity, []))
-        if len(several) != 1 + tries:
-            wrong.append(f"doubled: the job {identity} waited {len(several)} times, and failed {tries} times")
+        sites = [read_job(job).site for _, job in several]
+        stayed = sum(before == after for before, after in pairwise(sites))
+        if stayed > tries or len(several) < 1 + tries:
+            wrong.append(f"doubled: the job {identity} waited at {sites}, and failed {tries} times")
         for _, done in facts.dones.get(identity, []):
             if done.job is not None and done.job.state == "completed":
-                ran = world.batch.jobs.get(f"{identity}-{done.attempts}")
-                if ran is None or ran.canceled or ran.native_id != done.job.native_id:
+                ran = world.batches[done.job.site].jobs.get(f"{identity}-{done.attempts}")
+                if ran is None or ran.canceled or ran.killed or ran.native_id != done.job.native_id:
                     wrong.append(f"wrong: the job {identity} completed, and its site knows nothing of it: {done.job}")
     return wrong

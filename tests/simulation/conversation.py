@@ -133,6 +133,18 @@ class Talk:
         )
         self.note(f"create {name}", found.get("name") == name, "error" in found)
 
+    async def knows(self, name: str) -> bool:
+        """Say whether a consumer's name is among those of all."""
+        found = json.loads((await self.ask(f"$JS.API.CONSUMER.NAMES.{STREAM}", b'{"offset":0}')).data)
+        return name in found["consumers"]
+
+    async def state(self, name: str) -> Any:
+        """Return how much a consumer has not delivered, how much is not acknowledged, and up to where all is."""
+        found = json.loads((await self.ask(f"$JS.API.CONSUMER.INFO.{STREAM}.{name}")).data)
+        if "error" in found:
+            return found["error"]["err_code"]
+        return found["num_pending"], found["num_ack_pending"], max(0, found["ack_floor"]["stream_seq"] - self.first)
+
     async def pull(self, name: str, number: int, expires_s: float = 5.0, beat_s: float = 0.0) -> str:
         """Ask a consumer for messages, and return the inbox of the request."""
         request: dict[str, Any] = {"batch": number, "expires": int(expires_s * SECOND_NS)}
@@ -233,6 +245,7 @@ async def _pulling(talk: Talk) -> None:
     await talk.pull("c1", 2)
     a, b = await talk.until_quiet()
     talk.note("two are asked for", talk.arrived(a), talk.arrived(b))
+    talk.note("two are out", (await talk.state("c1"))[:2])
     await nc.publish(a.reply, b"+ACK")
     await nc.publish(b.reply, b"-NAK")
     await asyncio.sleep(QUIET_S)  # the server puts it back in its own time
@@ -244,6 +257,7 @@ async def _pulling(talk: Talk) -> None:
     await talk.pull("c1", 2)
     d, e = await talk.until_quiet()
     talk.note("the next two", talk.arrived(d), talk.arrived(e))
+    talk.note("two are done", await talk.state("c1"))
     await nc.publish(e.reply, b"+ACK")
     # c and d are left alone until their time is over; c says in the meantime that it is in progress.
     await talk.pull("c1", 2)
@@ -253,6 +267,7 @@ async def _pulling(talk: Talk) -> None:
     for message in late:
         await nc.publish(message.reply, b"+ACK")
     talk.note("nothing more", await talk.until_quiet(ACK_WAIT_S + 0.3))
+    talk.note("all are done", await talk.state("c1"))
 
 
 async def _naks(talk: Talk) -> None:
@@ -267,6 +282,12 @@ async def _naks(talk: Talk) -> None:
     talk.note("not before the delay", await talk.until_quiet())
     (two,) = await talk.until_quiet(0.5)
     talk.note("after the delay", talk.arrived(two))
+    await nc.publish(two.reply, b'-NAK {"delay":60000000000}')
+    await talk.pull("c2", 1)
+    talk.note("put aside for long", await talk.until_quiet())
+    await nc.publish(two.reply, b"-NAK")
+    (two,) = await talk.until_quiet()
+    talk.note("called back before that", talk.arrived(two))
     await talk.pull("c2", 1)
     await asyncio.sleep(QUIET_S)
     await nc.publish(one.reply, b"-NAK")
@@ -282,6 +303,7 @@ async def _naks(talk: Talk) -> None:
 
 async def _requests(talk: Talk) -> None:
     await talk.consumer("c3", filter_subject="hr.work.9.>", ack_policy="explicit", max_waiting=2)
+    talk.note("its name is told", await talk.knows("c3"))
     await talk.pull("c3", 3, expires_s=0.6, beat_s=0.25)
     found = await talk.until_quiet(0.8)
     talk.note("beats, then expired", talk.arrived(found[0]), talk.arrived(found[-1]))
@@ -299,6 +321,7 @@ async def _requests(talk: Talk) -> None:
     talk.note("who waits is told", [talk.arrived(m) for m in await talk.until_quiet()])
     await talk.pull("c3", 1)
     talk.note("nobody is there", [talk.arrived(m) for m in await talk.until_quiet()])
+    talk.note("its name is gone", await talk.knows("c3"), await talk.state("c3"))
 
 
 async def _followers(talk: Talk) -> None:

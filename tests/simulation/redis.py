@@ -91,18 +91,25 @@ class SimRedis:
             raise redis.exceptions.NoScriptError("NOSCRIPT")
         return await self._answered(self._SCRIPTS[script](self, *words))
 
-    def _read(self, *words: str) -> list[bytes | None]:
+    def _read(self, packed: bytes) -> list[bytes | None]:
+        words = _unpacked(packed)
         places = zip(words[::2], words[1::2], strict=True)
         return [self.data.get(_raw(key), {}).get(_raw(field)) for key, field in places]
 
-    def _write(self, key: str, left: int, now: int, *words: Any) -> int:
+    def _write(self, key: str, left: int, now: int, packed: bytes) -> int:
         """Do all, if the position is the one that the writer left."""
         there = int(self.data.get(_raw(key), b"0"))
         if there == left:
             at = 0
-            while at < len(words):
-                self._do(*words[at + 1 : at + 1 + words[at]])
-                at += words[at] + 1
+            while at < len(packed):
+                number = int.from_bytes(packed[at : at + 4], "big")
+                words: list[bytes] = []
+                at += 4
+                for _ in range(number):
+                    size = int.from_bytes(packed[at : at + 4], "big")
+                    words.append(packed[at + 4 : at + 4 + size])
+                    at += 4 + size
+                self._do(words[0].decode(), *words[1:])
             self._do("SET", key, now)
         return there
 
@@ -149,3 +156,14 @@ class SimRedis:
         """Start anew with the state that was kept."""
         self.data = copy.deepcopy(self._saved)
         self._scripts.clear()
+
+
+def _unpacked(packed: bytes) -> list[bytes]:
+    """Return words that are each behind their length."""
+    at = 0
+    words: list[bytes] = []
+    while at < len(packed):
+        size = int.from_bytes(packed[at : at + 4], "big")
+        words.append(packed[at + 4 : at + 4 + size])
+        at += 4 + size
+    return words

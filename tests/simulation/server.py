@@ -29,12 +29,17 @@ GUARD_IN_BATCH = 10164
 BATCH_INCOMPLETE = 10176
 BATCH_OPEN_S = 5.0
 SECOND_NS = 1_000_000_000
+NAMES_MAX = 1024
 _ACK = "$JS.ACK."
 _NEXT = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}."
 _CREATE = f"$JS.API.CONSUMER.CREATE.{STREAM}."
+_NAMES = f"$JS.API.CONSUMER.NAMES.{STREAM}"
+_LOOK = f"$JS.API.CONSUMER.INFO.{STREAM}."
 _DELETE = f"$JS.API.CONSUMER.DELETE.{STREAM}."
 _GET = f"$JS.API.DIRECT.GET.{STREAM}"
 _INFO = f"$JS.API.STREAM.INFO.{STREAM}"
+
+_NOT_FOUND = b'{"error":{"code":404,"err_code":10014,"description":"not found"}}'
 
 
 class _Request:
@@ -182,12 +187,14 @@ class SimServer:
             self._answer(reply, msgspec.json.encode({"config": {"max_bytes": -1}, "state": state}))
         elif subject.startswith(_CREATE):
             self._answer(reply, self._create(msgspec.json.decode(body)["config"]))
+        elif subject == _NAMES:
+            names = sorted(self._consumers)[msgspec.json.decode(body)["offset"] :][:NAMES_MAX]
+            self._answer(reply, msgspec.json.encode({"total": len(self._consumers), "consumers": names}))
+        elif subject.startswith(_LOOK):
+            self._answer(reply, self._info(subject[len(_LOOK) :]))
         elif subject.startswith(_DELETE):
-            found = self.delete(subject[len(_DELETE) :])
-            told = (
-                {"success": True} if found else {"error": {"code": 404, "err_code": 10014, "description": "not found"}}
-            )
-            self._answer(reply, msgspec.json.encode(told))
+            told = b'{"success":true}' if self.delete(subject[len(_DELETE) :]) else _NOT_FOUND
+            self._answer(reply, told)
         else:
             return False
         return True
@@ -324,6 +331,17 @@ class SimServer:
                 "ack_floor": zero,
             }
         )
+
+    def _info(self, name: str) -> bytes:
+        consumer = self._consumers.get(name)
+        if consumer is None:
+            return _NOT_FOUND
+        progress = consumer.progress
+        acknowledged = min(progress.pending, default=progress.after + 1) - 1
+        numbers = {"num_pending": len(consumer.available), "num_ack_pending": len(progress.pending)}
+        floor = {"ack_floor": {"consumer_seq": progress.floor, "stream_seq": acknowledged}}
+        made = {"stream_name": STREAM, "name": name, "config": {"name": name}, "created": "2027-01-15T08:00:00Z"}
+        return msgspec.json.encode({**made, **numbers, **floor})
 
     def add_consumer(self, name: str, config: dict[str, Any]) -> None:
         """Create a consumer; one that exists stays as it is."""

@@ -31,6 +31,7 @@ CALM_S_MAX = 600.0
 BURST_S = 0.05
 LOOK_S = 0.25
 JOBS_SHARE = 0.2
+PILOTS_SHARE = 0.5
 ANSWER_S = 8.0
 RETRY_S = 0.4
 
@@ -108,7 +109,7 @@ class World:
         self._ladders = self.chance(0.25)
         # And in some, functions submit batch jobs. Drawn apart, so that the others are what they were without.
         self._jobs_rng = random.Random(seed * 7919 + 5)
-        self.batch: campaigns.SimBatch | None = None
+        self.batches: dict[str, campaigns.SimBatch] = {}
         if self._jobs_rng.random() < JOBS_SHARE:
             self._add_site()
         self.calm_at = 0.0
@@ -119,9 +120,12 @@ class World:
 
     def _add_site(self) -> None:
         rng = self._jobs_rng
-        self.batch = campaigns.SimBatch(self, random.Random(rng.random()))
-        self.tables.sites = campaigns.Sites()
-        agents = [campaigns.AgentActor(self, f"a{n}") for n in range(1 if rng.random() < 0.8 else 2)]
+        batch = self.batches[programs.SITE] = campaigns.SimBatch(self, random.Random(rng.random()))
+        self.tables.sites = campaigns.Sites(lambda: self.server.now)
+        agents = [campaigns.AgentActor(self, f"a{n}", batch) for n in range(1 if rng.random() < 0.8 else 2)]
+        if rng.random() < PILOTS_SHARE:
+            pilot = self.batches[programs.PILOT] = campaigns.SimBatch(self, random.Random(rng.random()), programs.PILOT)
+            agents.append(campaigns.PilotActor(self, "p0", pilot, rng))
         self.actors += agents
         self.by_name |= {agent.name: agent for agent in agents}
 
@@ -147,7 +151,7 @@ class World:
             return self._drawn(number, "ladder", ladders.draw(self._rng))
         route = "late" if self.chance(0.1) else "newest" if self._frames and self.chance(0.8) else "main"
         made = self._drawn(number, route, programs.draw(self._rng))
-        if self.batch is not None and self._jobs_rng.random() < 0.7:
+        if self.batches and self._jobs_rng.random() < 0.7:
             made.program = campaigns.draw(self._jobs_rng)
         if route == "newest":
             made.subject = self._rng.choice(("cam", "cam", "eye", None))
@@ -262,9 +266,9 @@ class World:
         """Say whether there is nothing left to do."""
         if not (self.server.ready and all(t.done for t in self.triggers) and all(a.well for a in self.actors)):
             return False
-        if self.server.undone() or (self.batch is not None and not self.batch.quiet):
+        if self.server.undone() or not all(batch.quiet for batch in self.batches.values()):
             return False
-        if self.batch is not None and self._open_jobs():
+        if self.batches and self._open_jobs():
             return False
         newest = max((found.seq for facts in FACTS if (found := self.server.last(facts)) is not None), default=0)
         return int(self.redis.data.get(POSITION.encode(), b"0")) >= newest and b"hr:whole" in self.redis.data
@@ -291,9 +295,12 @@ def simulate(seed: int, options: Options | None = None) -> Verdict:
     digest = hashlib.sha256()
     for line in trace:
         digest.update(line.encode())
-    folder = b"" if world.batch is None else str(world.batch.folder).encode()
+    folders = [str(batch.folder).encode() for batch in world.batches.values()]
     for kept in world.server.log:
-        digest.update(kept.subject.encode() + (kept.body.replace(folder, b"") if folder else kept.body))
+        body = kept.body
+        for folder in folders:
+            body = body.replace(folder, b"")
+        digest.update(kept.subject.encode() + body)
     verdict = Verdict(
         seed=seed,
         wrong=wrong,
@@ -305,8 +312,8 @@ def simulate(seed: int, options: Options | None = None) -> Verdict:
         trace=trace,
     )
     world.loop.take_apart(world.processes)
-    if world.batch is not None:
-        world.batch.close()
+    for batch in world.batches.values():
+        batch.close()
     return verdict
 
 

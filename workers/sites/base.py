@@ -25,6 +25,10 @@ from headrace.model import JobState
 
 FINAL: frozenset[JobState] = frozenset({"completed", "failed", "canceled"})
 JOB_S_DEFAULT = 600.0
+ARRAY_KINDS = frozenset({"slurm", "pbs", "lsf"})
+ARRAY_JOBS_MAX = 1000  # Slurm's own limit is 1,001 where nobody raised it, and LSF's 1,000
+SIGNAL_BIT = 128
+SIGNAL_MAX = 64
 KEEP_S_DEFAULT = 7 * 86400.0
 
 
@@ -117,7 +121,8 @@ class JobStatus(Struct, frozen=True, kw_only=True):
     """How a job is. ``detail`` holds the batch system's own words; instants are seconds since 1970.
 
     ``native_id`` may differ from the one asked for where a job was submitted twice: it is the one whose program ran.
-    ``exit_code`` is that of its program, 128 more than the signal where one ended it.
+    ``exit_code`` is that of its program, 128 more than the signal where one ended it. ``name`` is what the batch system
+    calls the job, where it tells.
     """
 
     native_id: str
@@ -129,6 +134,7 @@ class JobStatus(Struct, frozen=True, kw_only=True):
     ended_at: float | None = None
     restarts: int = 0
     nodes: str = ""
+    name: str = ""
 
 
 class Capacity(Struct, frozen=True, kw_only=True):
@@ -174,8 +180,10 @@ class BatchSystem(Protocol):
         """
         ...
 
-    async def find(self, job_id: str, folder: Path) -> str | None:
+    async def find(self, job_id: str, folder: Path, place: int | None = None) -> str | None:
         """Return the native id of a job if it was ever submitted, looked up by its name where no record tells.
+
+        Of an array it is that of the job that was submitted at this ``place`` of it, the first one being 0.
 
         Raises:
             SiteUnreachable: it cannot be looked up now.
@@ -190,8 +198,8 @@ class BatchSystem(Protocol):
         """
         ...
 
-    async def cancel(self, native_ids: Sequence[str]) -> None:
-        """End jobs; those that have ended already are left as they are.
+    async def cancel(self, jobs: Sequence[Known]) -> None:
+        """End jobs; those that have ended already are left as they are, and so is what has their ids by now.
 
         Raises:
             SiteUnreachable: it cannot be done now.
@@ -205,3 +213,8 @@ class BatchSystem(Protocol):
             SiteUnreachable: it does not answer now.
         """
         ...
+
+
+def is_signal(exit_code: int) -> bool:
+    """Say whether a shell tells of a signal with this exit code; above those there are exit codes again, up to 255."""
+    return SIGNAL_BIT < exit_code <= SIGNAL_BIT + SIGNAL_MAX

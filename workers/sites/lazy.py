@@ -47,17 +47,17 @@ class LazySite:
         """See ``BatchSystem.submit_array``."""
         return await self.site().submit_array(array_id, jobs)
 
-    async def find(self, job_id: str, folder: Path) -> str | None:
+    async def find(self, job_id: str, folder: Path, place: int | None = None) -> str | None:
         """See ``BatchSystem.find``."""
-        return await self.site().find(job_id, folder)
+        return await self.site().find(job_id, folder, place)
 
     async def status(self, jobs: Sequence[Known]) -> Mapping[str, JobStatus]:
         """See ``BatchSystem.status``."""
         return await self.site().status(jobs)
 
-    async def cancel(self, native_ids: Sequence[str]) -> None:
+    async def cancel(self, jobs: Sequence[Known]) -> None:
         """See ``BatchSystem.cancel``."""
-        await self.site().cancel(native_ids)
+        await self.site().cancel(jobs)
 
     async def capacity(self) -> Capacity | None:
         """See ``BatchSystem.capacity``; an idle machine without a queue is not looked at."""

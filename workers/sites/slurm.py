@@ -5,33 +5,31 @@ What the words mean: https://slurm.schedmd.com/squeue.html and https://slurm.sch
 
 from __future__ import annotations
 
-import asyncio
 import re
-import shlex
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import cast
 
+import msgspec
 import psij
-from psij.executors.batch.script_generator import TemplatedScriptGenerator
-from psij.executors.batch.slurm import SlurmExecutorConfig, SlurmJobExecutor
+from psij.executors.batch.slurm import SlurmJobExecutor
 
-from headrace.errors import BadRequest, TooLarge
-from headrace.jobs import JobSpec, Reason
+from headrace.jobs import Reason
 from headrace.model import JobState
+from workers.sites.arrays import ArrayBatch
 from workers.sites.base import (
+    SIGNAL_BIT,
     Capacity,
     JobStatus,
+    Known,
     SiteConfig,
     SiteUnreachable,
     Submission,
+    is_signal,
 )
-from workers.sites.batch import Batch
-from workers.sites.executors import Failed, environment, native_name, psij_job, run_command
+from workers.sites.batch import ASK_MANY_MAX, NOT_BEGUN_DETAIL, abbreviates, away, refuse, tail
+from workers.sites.executors import Failed, Mended, Missing, run_command
 from workers.sites.records import Records
-
-TEMPLATE = Path(__file__).with_name("slurm.mustache")
 
 STATES: dict[str, tuple[JobState, Reason]] = {
     "PENDING": ("queued", ""),
@@ -71,10 +69,9 @@ LAUNCH_REASONS = (
     "RaisedSignal:53(Real-time_signal_19)",  # the job's folder or output file could not be opened
 )
 UNUSABLE = ("down", "drain", "fail", "maint", "unknown", "invalid", "inval", "power", "reboot", "perfctrs", "blocked")
-SIGNAL_BIT = 128
 LAUNCH_EXIT_CODE = SIGNAL_BIT + 53  # Slurm's own signal for a program that could not be started
-CANCEL_MANY_MAX = 500
-ARRAY_JOBS_MAX = 1000  # Slurm's own limit is 1,001 where nobody raised it
+# What slurmd says of a job or step that it ended for its memory, itself or through the kernel's control groups.
+OUT_OF_MEMORY = re.compile(r"exceeded (job |step )?memory limit|oom[-_ ]kill", re.IGNORECASE)
 
 _FIELDS = (
     ("JobArrayID", 64),
@@ -96,17 +93,22 @@ RESERVED = frozenset(
         "array",
         "batch",
         "chdir",
+        "clusters",  # it would wait where nobody looks
         "error",
         "export",
         "export-file",
         "gid",
+        "help",
         "job-name",
         "open-mode",
         "output",
         "parsable",
+        "quiet",
         "requeue",
         "test-only",
         "uid",
+        "usage",
+        "version",
         "wait",
         "wrap",
     }
@@ -140,11 +142,11 @@ def parse_queue(text: str) -> dict[str, JobStatus]:
         words = [word.strip() for word in line.split("|", len(_FIELDS))]
         if len(words) < len(_FIELDS):
             continue
-        native_id, _, native, raw, restarts, start, end, nodes, why, _ = words[: len(_FIELDS)]
+        native_id, _, native, raw, restarts, start, end, nodes, why, name = words[: len(_FIELDS)]
         word, reason = state(native, why)
         ended = word in ("completed", "failed", "canceled")
         code = exit_code(int(raw)) if raw.isdigit() and ended and word != "canceled" else None
-        if word == "failed" and reason in ("exit_code", "launch") and SIGNAL_BIT < (code or 0) != LAUNCH_EXIT_CODE:
+        if word == "failed" and reason in ("exit_code", "launch") and is_signal(code or 0) and code != LAUNCH_EXIT_CODE:
             reason = "signal"  # "JobLaunchFailure", too, where its program had begun and somebody killed it
         if word == "failed" and (code == 0 or reason not in ("exit_code", "signal")):
             code = None  # Slurm ended it, not its program
@@ -159,6 +161,7 @@ def parse_queue(text: str) -> dict[str, JobStatus]:
             ended_at=_instant(end) if ended else None,
             restarts=int(restarts) if restarts.isdigit() else 0,
             nodes=nodes,
+            name=name,
         )
     return found
 
@@ -175,7 +178,7 @@ def parse_accounts(text: str) -> dict[str, JobStatus]:
         status, _, signal = code.partition(":")
         number = int(status or 0) if signal in ("", "0") else SIGNAL_BIT + int(signal)
         ended = word in ("completed", "failed", "canceled")
-        if word == "failed" and reason == "exit_code" and number > SIGNAL_BIT:
+        if word == "failed" and reason == "exit_code" and is_signal(number):
             reason = "signal"
         found[native_id] = JobStatus(
             native_id=native_id,
@@ -240,97 +243,57 @@ def _instant(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
-class MendedSlurmExecutor(SlurmJobExecutor):
-    """PSI/J's executor for Slurm, whose polling neither stops at a job that it does not know nor guesses how one ended.
-
-    Also for use by itself: it passes PSI/J's own tests of executors.
-    """
+class MendedSlurmExecutor(Mended, SlurmJobExecutor):
+    """PSI/J's executor for Slurm, whose polling stops at no job that it does not know, and guesses no end."""
 
     _NAME_ = "slurm"
-    _VERSION_ = "0.0.1"
+    TEMPLATE = "slurm.mustache"
 
-    def __init__(self, url: str | None = None, config: Any = None) -> None:
-        config = config or SlurmExecutorConfig()
-        config.queue_polling_error_threshold = sys.maxsize  # a controller that is away has failed no job
-        super().__init__(url, config)
-        self.generator = TemplatedScriptGenerator(config, TEMPLATE)
-
-    def generate_submit_script(self, job: psij.Job, context: dict[str, object], submit_file: IO[str]) -> None:
-        """Write the script; the memory of a job is PSI/J's for all nodes, and Slurm's for one."""
-        resources = cast(psij.ResourceSpecV1, cast(psij.JobSpec, job.spec).resources)
-        if resources.memory_kb:
-            context["memory_per_node_kib"] = max(1, resources.memory_kb // (resources.computed_node_count or 1))
-        super().generate_submit_script(job, context, submit_file)
+    def context(self, job: psij.Job) -> dict[str, object]:
+        """See ``Mended.context``; ``%``-words of Slurm stand for a job's native id."""
+        attributes = cast(psij.JobSpec, job.spec).attributes
+        array = "slurm.array" in (attributes.custom_attributes or {})
+        return {**super().context(job), "native": "%A_%a" if array else "%j"}
 
     def get_status_command(self, native_ids: Collection[str]) -> list[str]:
         """Ask for all jobs of this user: asking for one that was purged is an error."""
         return QUEUE_COMMAND
 
-    def parse_status_output(self, exit_code: int, out: str) -> dict[str, psij.JobStatus]:
-        """Return the status of all jobs; of those that are gone, what their exit code tells."""
-        if exit_code != 0:
-            raise RuntimeError(f"squeue: {out}")
-        told = {native_id: psij_status(status) for native_id, status in parse_queue(out).items()}
-        for native_id in list(self._queue_poll_thread._jobs):  # noqa: SLF001 - PSI/J is pinned
-            if native_id not in told:
-                told[native_id] = self._after_purge(native_id)
-        return told
-
-    def _after_purge(self, native_id: str) -> psij.JobStatus:
-        if (self.work_directory / f"{native_id}.ec").exists():
-            return psij.JobStatus(psij.JobState.COMPLETED)  # PSI/J reads the exit code there, and says FAILED by it
-        return psij.JobStatus(psij.JobState.FAILED, message="unknown to Slurm, and without a record of its end")
+    def read(self, text: str) -> dict[str, JobStatus]:
+        """See ``Mended.read``."""
+        return parse_queue(text)
 
 
-PSIJ_STATES: dict[JobState, psij.JobState] = {
-    "new": psij.JobState.NEW,
-    "queued": psij.JobState.QUEUED,
-    "held": psij.JobState.QUEUED,
-    "active": psij.JobState.ACTIVE,
-    "completed": psij.JobState.COMPLETED,
-    "failed": psij.JobState.FAILED,
-    "canceled": psij.JobState.CANCELED,
-}
-
-
-def psij_status(status: JobStatus) -> psij.JobStatus:
-    """Return a status in PSI/J's words."""
-    failed = status.state == "failed"
-    return psij.JobStatus(
-        PSIJ_STATES[status.state],
-        message=status.detail if failed else None,
-        exit_code=status.exit_code,
-        metadata={"native_state": status.detail, "reason": status.reason},
-    )
-
-
-class Slurm(Batch):
+class Slurm(ArrayBatch):
     """A site with Slurm."""
 
     def __init__(self, config: SiteConfig) -> None:
         super().__init__(config, MendedSlurmExecutor)
         self._accounts = True  # until sacct says that there are none
 
-    async def submit(self, job: Submission) -> str:
-        """See ``BatchSystem.submit``."""
-        _check(job)
-        return await super().submit(job)
+    INDEX = "SLURM_ARRAY_TASK_ID"
 
-    async def submit_array(self, array_id: str, jobs: Sequence[Submission]) -> dict[str, str]:
-        """See ``BatchSystem.submit_array``: one array, whose members find what is theirs by their number."""
-        for job in jobs:
-            _check(job)
-        return await asyncio.to_thread(self._submit_array, array_id, list(jobs))
+    def mark_array(self, spec: psij.JobSpec, numbers: str) -> None:
+        """See ``ArrayBatch.mark_array``."""
+        spec.attributes.set_custom_attribute("slurm.array", numbers)
+
+    def member(self, array: str, number: int) -> str:
+        """See ``ArrayBatch.member``."""
+        return f"{array}_{number}"
+
+    def check(self, job: Submission) -> None:
+        """See ``Batch.check``."""
+        refuse(job, "slurm", abbreviates(RESERVED))
 
     async def capacity(self) -> Capacity:
         """See ``BatchSystem.capacity``."""
-        return await asyncio.to_thread(self._capacity)
+        return await self.beside(self._capacity)
 
-    def look_up(self, name: str) -> list[str]:
+    def look_up(self, name: str, *, ever: bool) -> list[str]:
         """See ``Batch.look_up``."""
         command = ["squeue", "-h", "-t", "all", "--me", f"--name={name}", "-o", "%F"]
         found = set(run_command(self.config, command).split())
-        if not found and self._accounts:
+        if not found and ever:
             lines = self._sacct(f"--name={name}", "--starttime=now-7days", "--format=JobID")
             found = {line.partition("_")[0] for line in lines}
         return sorted(found, key=int)
@@ -339,10 +302,37 @@ class Slurm(Batch):
         """See ``Batch.queue``."""
         return parse_queue(run_command(self.config, QUEUE_COMMAND))
 
-    def after_purge(self, native_id: str) -> JobStatus | None:
+    def explain(self, job: Known, status: JobStatus) -> JobStatus:
+        """See ``Batch.explain``.
+
+        Slurm has a state for a job that its control groups ended for its memory. Where slurmd itself watches the memory
+        (``OverMemoryKill``), or a step of the job was ended and not the job, the state is that of any killed program,
+        and Slurm says why on the standard error of the job or of the step only.
+        """
+        if status.detail == NOT_BEGUN_DETAIL:
+            last = tail(self._error_file(job, status.native_id)).strip().splitlines()[-1:]
+            return msgspec.structs.replace(status, detail=": ".join([status.detail, *last]))
+        if status.state != "failed" or status.reason not in ("signal", "exit_code"):
+            return status
+        said = tail(self._error_file(job, status.native_id)) + tail(Records(job.folder).stderr)
+        found = OUT_OF_MEMORY.search(said)
+        if found is None:
+            return status
+        return msgspec.structs.replace(status, reason="out_of_memory", detail=f"{status.detail}: {found[0]}")
+
+    def _error_file(self, job: Known, native_id: str) -> Path:
+        """Return what Slurm itself writes to: beside the records of the job, or of the array that it belongs to."""
+        records = Records(job.folder)
+        if "_" in native_id:
+            records = Records(job.folder.parent / records.native_name())
+        return records.path / f"{native_id}.err"
+
+    def after_purge(self, native_ids: Sequence[str]) -> dict[str, JobStatus]:
         """See ``Batch.after_purge``."""
-        lines = self._sacct("-j", native_id, "--format=JobID,State,ExitCode,Start,End,NodeList")
-        return parse_accounts("\n".join(lines)).get(native_id)
+        fields = "--format=JobID,State,ExitCode,Start,End,NodeList"
+        parts = (native_ids[begin : begin + ASK_MANY_MAX] for begin in range(0, len(native_ids), ASK_MANY_MAX))
+        lines = [line for part in parts for line in self._sacct("-j", ",".join(part), fields)]
+        return parse_accounts("\n".join(lines))
 
     def _sacct(self, *arguments: str) -> list[str]:
         if not self._accounts:
@@ -351,47 +341,22 @@ class Slurm(Batch):
             return run_command(
                 self.config, ["env", "SLURM_TIME_FORMAT=%s", "sacct", "-X", "-n", "-P", *arguments]
             ).splitlines()
+        except Missing:
+            self._accounts = False
+            return []
         except Failed as error:
             if "disabled" in error.output:
                 self._accounts = False
                 return []
             raise SiteUnreachable(f"{self.config.name}: {error.output}", hint="Is slurmdbd up?") from error
 
-    def _submit_array(self, array_id: str, jobs: list[Submission]) -> dict[str, str]:
-        first, name = jobs[0], native_name(array_id)
-        group = Submission(job_id=array_id, spec=_array_spec(jobs), folder=first.folder.parent / name)
-        records = Records(group.folder)
-        records.prepare("", "")
-        for number, job in enumerate(jobs):
-            Records(job.folder).prepare(job.before, job.after)
-            (group.folder / f"{number}.sh").write_text(self._member_script(job))
-        made = psij_job(self.config, group, self.config.kind, single=True)
-        spec = cast(psij.JobSpec, made.spec)
-        spec.executable, spec.arguments = "/bin/bash", ["-c", f'exec bash {group.folder}/"$SLURM_ARRAY_TASK_ID".sh']
-        spec.pre_launch = spec.post_launch = None  # each member has its own
-        spec.stdout_path = spec.stderr_path = Path("/dev/null")
-        spec.attributes.set_custom_attribute("slurm.array", f"0-{len(jobs) - 1}")
-        array = self._once(name, records, made)
-        native = {job.job_id: f"{array}_{number}" for number, job in enumerate(jobs)}
-        for job in jobs:
-            Records(job.folder).note_native_id(native[job.job_id])
-        return native
-
-    def _member_script(self, job: Submission) -> str:
-        """Return what one member of an array does: what it would do as a job of its own."""
-        made = psij_job(self.config, job, self.config.kind)
-        launcher = self._executor._get_launcher_from_job(made)  # noqa: SLF001 - PSI/J is pinned
-        launch = launcher.get_launch_command(made)
-        where = shlex.quote(str(job.spec.directory or job.folder))
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in environment(self.config, job).items()]
-        return "\n".join([f"cd {where} || exit", *lines, f"exec {shlex.join(launch)}", ""])
-
-    def _cancel(self, native_ids: Sequence[str]) -> None:
-        for begin in range(0, len(native_ids), CANCEL_MANY_MAX):
+    def end(self, native_ids: Sequence[str]) -> None:
+        """See ``Batch.end``."""
+        for begin in range(0, len(native_ids), ASK_MANY_MAX):
             try:
-                run_command(self.config, ["scancel", "-Q", *native_ids[begin : begin + CANCEL_MANY_MAX]])
+                run_command(self.config, ["scancel", "-Q", *native_ids[begin : begin + ASK_MANY_MAX]])
             except Failed as error:
-                raise SiteUnreachable(f"{self.config.name}: {error.output}", hint="Is the controller up?") from error
+                raise away(self.config, error) from error
 
     def _capacity(self) -> Capacity:
         partition = ["-p", self.config.queue] if self.config.queue else []
@@ -403,30 +368,8 @@ class Slurm(Batch):
             queue = run_command(self.config, ["squeue", "-h", "-r", *partition, "-t", "PD,R", "-o", "%T"])
             partitions = run_command(self.config, ["sinfo", "-h", *partition, "-o", "%P|%a"])
         except Failed as error:
-            raise SiteUnreachable(f"{self.config.name}: {error.output}", hint="Is the controller up?") from error
+            raise away(self.config, error) from error
         words = queue.split()
         return count(
             parse_nodes(nodes), words.count("PENDING"), words.count("RUNNING"), is_open(partitions), self._now()
         )
-
-
-def _check(job: Submission) -> None:
-    """Refuse options that would undo what the platform promises of a job."""
-    for name in job.spec.attributes.custom_attributes:
-        kind, _, option = name.partition(".")
-        if kind == "slurm" and (option in RESERVED or not option):
-            raise BadRequest(f"attributes: {name} is set by Headrace", hint="Leave it out.")
-
-
-def _array_spec(jobs: Sequence[Submission]) -> JobSpec:
-    """Return the specification of an array: what all its members have in common."""
-    first = jobs[0].spec
-    if len(jobs) > ARRAY_JOBS_MAX:
-        raise TooLarge(f"an array of {len(jobs)} jobs; at most {ARRAY_JOBS_MAX}", hint="Submit several.")
-    for job in jobs:
-        if (job.spec.resources, job.spec.attributes) != (first.resources, first.attributes):
-            raise BadRequest(
-                f"jobs {jobs[0].job_id} and {job.job_id} need different resources or attributes",
-                hint="Only jobs of one shape can be one array.",
-            )
-    return JobSpec(executable="/bin/bash", resources=first.resources, attributes=first.attributes)
