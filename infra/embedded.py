@@ -142,7 +142,7 @@ class NatsServer:
         mend(self.stream_dir())
         for attempt in range(1, PORT_TRIES + 1):
             self.port, self.monitor_port = free_port(), free_port()
-            self._write_config()
+            self._write_config(self._sites)
             child = Child(
                 "nats-server",
                 [str(program), "-c", str(self.run / CONFIG)],
@@ -167,24 +167,27 @@ class NatsServer:
         sites = site_accounts(users, tenants)
         if sites == self._sites:
             return
+        if self._child is None:
+            self._sites = sites
+            return
         new = {name: {**account, "users": []} for name, account in sites.items() if name not in self._sites}
-        if new and self._child is not None:
+        if new:
             # An account has what it imports from the second time on that the server reads of it: not before then can
             # its user connect.
-            self._sites |= new
-            await self._reload()
-        self._sites = sites
-        if self._child is not None:
-            await self._reload()
+            await self._reload(self._sites | new)
+        await self._reload(sites)
 
-    async def _reload(self) -> None:
-        self._write_config()
+    async def _reload(self, sites: dict[str, dict[str, list[object]]]) -> None:
+        self._write_config(sites)
         if self.pid is not None:
             os.kill(self.pid, signal.SIGHUP)
         await asyncio.sleep(RELOAD_S)
+        self._sites = sites  # not before: what failed is done again
 
-    def _write_config(self) -> None:
-        write_private(self.run / CONFIG, json.dumps(self._config(), indent=1, ensure_ascii=False))
+    def _write_config(self, sites: dict[str, dict[str, list[object]]]) -> None:
+        config = self._config()
+        config["accounts"] |= sites
+        write_private(self.run / CONFIG, json.dumps(config, indent=1, ensure_ascii=False))
 
     async def stage_in_memory(self) -> bool:
         """Let the log's batches be staged in memory, from now on and after each restart; False where that cannot be."""
@@ -258,7 +261,7 @@ class NatsServer:
                     },
                 },
             },
-            "accounts": {**accounts(self._passwords), **self._sites},
+            "accounts": accounts(self._passwords),
             "system_account": "SYS",
         }
 

@@ -62,7 +62,8 @@ class Remover:
         Raises:
             BadName: the name does not follow the rule for names.
             NotFound: there is no such site.
-            Conflict: its agent is heard, or it has jobs, and ``force`` does not say that they shall be taken from it.
+            Conflict: its agent is heard, or begins meanwhile, or it has jobs, and ``force`` does not say that they
+                shall be taken from it.
             Unavailable: the log does not answer, or a job could not be taken from it.
         """
         check_name(name, "name of a site")
@@ -125,13 +126,27 @@ class Remover:
         )
         adoption.removing = True
         for _ in range(ROUNDS_MAX):
+            if not await self._is_left(row):
+                return
             await adoption.look_after(row)
-            if await self._tables.sites.fetch(row.name) is None:
+            if not await self._is_left(row):
                 return
             await asyncio.sleep(ROUND_S)
-        raise Unavailable(
-            f"{row.name} still has jobs, or its agent is back", hint="Look at `headrace sites`, and try again."
-        )
+        raise Unavailable(f"{row.name} still has jobs", hint="Look at `headrace sites`, and try again.")
+
+    async def _is_left(self, row: SiteRecord) -> bool:
+        """Say whether the row is still there, as it was written.
+
+        Raises:
+            Conflict: an agent of the site has begun meanwhile: the jobs that are left are its own.
+        """
+        now = await self._tables.sites.fetch(row.name)
+        if now is not None and (now.agent, now.ends_at) != (row.agent, row.ends_at):
+            raise Conflict(
+                f"an agent of {row.name} has begun meanwhile: what jobs the site has left are its own",
+                hint="Leave it to its agent; or stop that, and try again.",
+            )
+        return now is not None
 
 
 @asynccontextmanager

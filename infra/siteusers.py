@@ -8,6 +8,7 @@ import asyncio
 from pathlib import Path
 
 import msgspec
+import nats.errors
 import structlog
 
 from headrace.errors import HeadraceError
@@ -29,8 +30,13 @@ SUFFIX = ".password"
 LOOK_S = 1.0
 
 
-def kept(data: Path, site: str, *, moves: bool = False) -> Path:
+def kept(data: Path, site: str, *, moves: bool | None = None) -> Path:
     """Return the file with the password of a site's user; the first call makes it.
+
+    Args:
+        data: the data folder.
+        site: the name of the site.
+        moves: as of ``SiteUser``; where it is not given, it stays what it is, and is not for a user that is made.
 
     Raises:
         BadName: the name does not follow the rule for names.
@@ -38,7 +44,10 @@ def kept(data: Path, site: str, *, moves: bool = False) -> Path:
     """
     check_name(site, "name of a site")
     folder = private_folder(data.absolute() / FOLDER)
-    path, other = (folder / f"{site}{mark}{SUFFIX}" for mark in ((MOVES, "") if moves else ("", MOVES)))
+    plain, moving = (folder / f"{site}{mark}{SUFFIX}" for mark in ("", MOVES))
+    if moves is None:
+        moves = moving.exists()
+    path, other = (moving, plain) if moves else (plain, moving)
     if other.exists():  # it keeps its password when it is given other rights
         other.replace(path)
     kept_secret(path, env_name("nats_password_file"))
@@ -67,15 +76,15 @@ def user(path: Path) -> SiteUser:
     return SiteUser(name.removesuffix(MOVES), password, name.endswith(MOVES))
 
 
-async def serve_for_ever(nats: NatsServer, admin: Settings) -> None:
+async def serve_for_ever(server: NatsServer, admin: Settings) -> None:
     """Let the embedded server know the users of sites, and whose jobs they may take, as both come and go."""
     while True:
         try:
             async with link_to(admin, ADMIN) as link, opened(Table(link, "tenants", TenantRecord)) as tenants:
                 while True:
-                    await nats.serve_sites(known(nats.data), {DEFAULT_TENANT, *tenants.items()})
+                    await server.serve_sites(known(server.data), {DEFAULT_TENANT, *tenants.items()})
                     await asyncio.sleep(LOOK_S)
-        except (HeadraceError, OSError) as error:
+        except (HeadraceError, nats.errors.Error, OSError) as error:
             _log.warning("the users of sites are looked at later", reason=str(error))
             await asyncio.sleep(LOOK_S)
 

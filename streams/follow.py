@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
+import msgspec
 import nats.errors
-import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import APIError
 
 from streams.log import Log
 from streams.poll import Arrival, Poll, heartbeat_s
@@ -20,6 +22,7 @@ from streams.topology import STREAM
 IDLE_S = 5.0
 INACTIVE_S = 60.0
 RETRY_S = 0.5
+CREATE_TIMEOUT_S = 5.0
 
 
 async def follow(
@@ -85,22 +88,37 @@ class _Reader:
                 "deliver_policy": DeliverPolicy.BY_START_TIME,
                 "opt_start_time": datetime.fromtimestamp(since, UTC),
             }
-        await self._log.link.jetstream().add_consumer(
-            STREAM,
-            ConsumerConfig(
-                name=self._name,
-                ack_policy=AckPolicy.NONE,
-                inactive_threshold=INACTIVE_S,
-                mem_storage=True,
-                num_replicas=1,
-                max_waiting=8,
-                **where,
-            ),
+        config = ConsumerConfig(
+            name=self._name,
+            # No two openings are alike: a consumer that somebody left under this name is refused, else it would be
+            # taken for ours with all that it has delivered.
+            description=uuid4().hex,
+            ack_policy=AckPolicy.NONE,
+            inactive_threshold=INACTIVE_S,
+            mem_storage=True,
+            num_replicas=1,
+            max_waiting=8,
+            **where,
         )
+        await self._create(config)
         every_s = heartbeat_s(1, replicated=self._log.replicated)
         self._poll = Poll(self._log.link, self._name, self._take, self._lose, every_s)
         await self._poll.start()
         await self._poll.want(self._window)
+
+    async def _create(self, config: ConsumerConfig) -> None:
+        """Make a consumer that is not there: the client's own way would also take, or change, one that is."""
+        link = self._log.link
+        filtered = f".{config.filter_subject}" if config.filter_subject else ""
+        request = {"stream_name": STREAM, "config": config.as_dict(), "action": "create"}
+        answer = await link.nc.request(
+            f"{link.api}.CONSUMER.CREATE.{STREAM}.{config.name}{filtered}",
+            msgspec.json.encode(request),
+            timeout=CREATE_TIMEOUT_S,
+        )
+        refused = msgspec.json.decode(answer.data).get("error")
+        if refused is not None:
+            raise APIError.from_error(refused)
 
     def _take(self, arrived: Arrival) -> None:
         if self._broken:

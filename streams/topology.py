@@ -17,8 +17,8 @@
     hr.newest.<key>                              Newest: the last accepted run of those of which only one counts
     hr.replay.<run>                              Replay: a failed run was given another go by a new one
 
-All of it stays for as long as the log is kept, except for notes and reports that only say how far something is
-(``Record.hint``): they leave after minutes, as each of them is worth nothing once there is a newer one.
+All of it stays for as long as the log is kept, except for notes and reports that only say how far something is,
+and for why a job waits (``Record.hint``): they leave after minutes, as each is worth nothing once there is a newer one.
 
 Lane and tenant stand in the subject of work: one consumer for each pair of them reads it without looking at the rest,
 so that a worker can take of every tenant, however much another one has waiting. A job is an invocation whose body runs

@@ -287,6 +287,10 @@ def flux(fake: Fake, arguments: list[str]) -> None:
                     sys.exit(f"flux-cancel: ERROR: {native_id}: job is inactive")
                 (fake.folder / "jobs" / native_id / "cancel").touch()
         case ["job", "id", "--to=dec", native_id]:
+            fault = fake.folder / "fault-id"
+            if fault.exists():
+                fault.unlink()
+                sys.exit("flux-job: ERROR: error parsing jobid")
             print(native_id.removeprefix("f"))
         case ["getattr", "jobid"]:
             print("f" + os.environ["FAKE_FLUX_JOB"])

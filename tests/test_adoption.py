@@ -105,6 +105,26 @@ async def test_what_has_not_begun_at_a_site_that_is_silent_goes_where_another_ta
         assert len(await lab.all(f"hr.done.{begun.run_id}.*")) == 0
 
 
+@pytest.mark.parametrize("holder", ["agent/lab/", "agent/lab/x"])
+async def test_a_job_that_was_moved_here_and_that_nobody_can_read_ends_with_its_site(
+    log: Log, nats_server: NatsServer, tmp_path: Path, holder: str
+) -> None:
+    lab = lab_of(log, tmp_path, "lab")
+    job = lab.job(JobSpec(executable="x"))
+    run, identity = job.run_id, job.invocation_id
+    lease = Lease(run_id=run, invocation_id=identity, attempt=1, worker=holder, at=1.0)
+    await log.append(
+        [
+            Record(job_subject("lab", "default", run, identity), b"\xc1 not a message"),
+            Record(lease_subject(run, identity), encode(lease)),
+        ]
+    )
+    async with adoption(nats_server, lab) as one:
+        await one.look_after(SiteRecord(name="lab", kind="local", at=0.0, since=0.0, ends_at=1.0))
+        told = await lab.outcome(job)
+    assert (told.state, told.error and told.error.kind) == ("dead", "unreadable")
+
+
 async def test_a_job_stays_where_it_is_if_it_would_only_wait_elsewhere(
     log: Log, link: Link, nats_server: NatsServer, rows: SiteTable, tmp_path: Path
 ) -> None:

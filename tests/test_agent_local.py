@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,11 +14,13 @@ import psutil
 import pytest
 
 from functions.moves import agent_of, lease
+from headrace.errors import BadRequest
 from headrace.joblog import JOB, Held, SiteRecord, Submitted
 from headrace.jobs import JobSpec
 from headrace.names import invocation_id
 from headrace.wire import Attempt, Invocation, Slot, Started, decode
 from infra.embedded import NatsServer
+from streams.blobs import FolderBlobs
 from streams.log import Log
 from streams.record import apply_invocation
 from streams.topology import (
@@ -358,6 +361,48 @@ async def test_why_a_job_waits_is_told_once_it_was_tried_twice(lab: Lab) -> None
     assert shown is not None
     assert shown.job is not None
     assert (shown.job.state, shown.job.why) == ("queued", "")
+
+
+class Moving(FolderBlobs):
+    """Stands in for a store of objects, which takes no file that changes meanwhile."""
+
+    async def put_file(self, path: Path) -> str:
+        if b"half" in path.read_bytes():
+            raise BadRequest(f"{path} changed while it was stored", hint="Store it when it is complete.")
+        return await super().put_file(path)
+
+
+async def test_an_output_that_is_still_written_to_is_not_kept_and_the_job_ends(lab: Lab, tmp_path: Path) -> None:
+    lab.blobs = Moving(tmp_path / "blobs")
+    spec = shell("echo whole >a.txt; echo half >b.txt")
+    job = lab.job(msgspec.structs.replace(spec, outputs=["a.txt", "b.txt"]), on_failure="mend")
+    async with lab.agent():
+        await lab.send(job)
+        end = await lab.end(job)
+    assert (end.state, end.reason, list(end.outputs)) == ("failed", "stage_out", ["a.txt"])
+    assert "'b.txt' changed while it was stored" in end.detail
+
+
+async def test_an_agent_outlives_a_disk_that_lets_no_folders_be_removed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.agent.SWEEP_S", 0.05)
+    tried = asyncio.Event()
+    job = lab.job(shell("true"))
+    async with lab.agent() as agent:
+
+        async def sweep(keep_s: float, but: Collection[str]) -> int:
+            if agent_tries:
+                tried.set()
+            agent_tries.append(keep_s)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        agent_tries: list[float] = []
+        monkeypatch.setattr(agent._folders, "sweep", sweep)
+        async with asyncio.timeout(10.0):
+            await tried.wait()
+        await lab.send(job)
+        assert (await lab.end(job)).state == "completed"
 
 
 async def test_a_job_of_a_canceled_run_is_not_submitted(lab: Lab) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -160,6 +161,31 @@ async def test_many_who_mark_a_folder_at_once_find_one_mark(lab: Lab) -> None:
     await asyncio.gather(*(folder.open("", anew=False) for folder in folders))
     assert len({folder.id for folder in folders}) == 1
     assert len(list(Path(lab.site.work).iterdir())) == 1
+
+
+@pytest.mark.parametrize("known", ["", "known"])
+async def test_a_mark_without_an_id_is_refused(lab: Lab, known: str) -> None:
+    """As a power cut may leave it: it must not equal what is read where the disk is not mounted."""
+    folder = WorkFolder(lab.site)
+    folder.path.mkdir()
+    folder.mark.touch()
+    with pytest.raises(Conflict, match="has no id in it") as refused:
+        await folder.open(known, anew=True)
+    assert (f"echo {known} >" if known else "Remove it") in str(refused.value.hint)
+
+
+async def test_a_mark_is_on_the_disk_before_it_has_its_name(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    folder, sync = WorkFolder(lab.site), os.fsync
+
+    def note(handle: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, folder.mark.exists()))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    await folder.open("", anew=False)
+    assert [(name.startswith(folder.mark.name), there) for name, there in synced] == [(True, False), (False, True)]
+    assert synced[-1][0] == folder.path.name
 
 
 # ---------------------------------------------------------------- two agents of one site

@@ -162,6 +162,31 @@ async def test_a_consumer_that_is_gone_is_made_again_and_nothing_is_lost(lab: La
         await until(lambda: len(hand.waiting()) == 1)
 
 
+async def test_a_hand_without_any_tenant_serves_the_first_that_comes(lab: Lab) -> None:
+    hand = JobHand(lab.log, lab.site.name, lambda arrived: None)
+    await hand.start()  # nobody is known yet
+    await lab.send(*jobs(lab, 1))
+    await until(lambda: len(hand.waiting()) == 1, 20)
+    await hand.stop()
+    await hand.close()
+
+
+async def until_it_ends(lab: Lab) -> None:
+    async with lab.agent("one") as agent:
+        await until(lambda: bool(tasks := agent._hand._tasks) and all(task.done() for task in tasks), 20)
+
+
+async def test_what_ends_the_asking_is_told_to_who_waits_for_jobs(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent ends with it, and is started again; else it would be there and take nothing."""
+
+    async def breaks(hand: JobHand) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(JobHand, "_tend_for_ever", breaks)
+    with pytest.raises(RuntimeError, match="broken"):
+        await until_it_ends(lab)
+
+
 def test_names_of_consumers_are_read_as_they_are_made() -> None:
     assert jobs_of(jobs_consumer("my-site", "lab-a")) == ("my-site", "lab-a")
     assert jobs_of(topology.lane_consumer(3, "a")) is None

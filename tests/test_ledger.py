@@ -89,7 +89,7 @@ async def test_why_a_job_waits_is_told_as_long_as_it_does(log: Log, reader: Read
     for record in (
         trigger("e").record,
         Record(job_subject("lab", DEFAULT_TENANT, run, "job"), encode(job)),
-        Record(held_subject(run, "job", "lab"), encode(held)),
+        Record(held_subject(run, "job", "lab"), encode(held), hint=True),
         Record(submit_subject(run, "job", 1, "lab"), encode(submitted)),
     ):
         await log.append([record])

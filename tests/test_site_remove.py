@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from functions.sites import awaited
 from headrace import Client
@@ -158,6 +159,29 @@ async def test_a_site_that_nobody_ever_knew_is_removed_with_the_jobs_that_name_i
         await patient.remove("lab", force=True)
     assert (await lab.end(job)).reason == "site_ended"
     assert await rows.fetch("lab") is None
+
+
+async def test_an_agent_that_begins_while_its_site_is_removed_keeps_its_jobs(
+    remover: Remover, rows: SiteTable, link: Link, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await silent(rows, link, "lab")
+    job = lab.job(JobSpec(executable="x", sites=["lab"]))
+    await lab.send(job)
+    put, run, identity = remover._tables.sites.put, job.run_id, job.invocation_id
+    lease = Lease(run_id=run, invocation_id=identity, attempt=1, worker="agent/lab/x", at=1.0)
+
+    async def put_and_begin(name: str, row: SiteRecord) -> None:
+        await put(name, row)
+        await put(name, structs.replace(row, agent="agent/lab/x", ends_at=None, accepts=True, at=time.time()))
+        await lab.log.append([Record(lease_subject(run, identity), encode(lease))])
+
+    monkeypatch.setattr(remover._tables.sites, "put", put_and_begin)
+    with pytest.raises(Conflict, match="an agent of lab has begun meanwhile"):
+        await remover.remove("lab", force=True)
+    assert await lab.count(f"hr.done.{run}.*") == 0
+    row = await rows.fetch("lab")
+    assert row is not None
+    assert row.agent == "agent/lab/x"
 
 
 async def test_a_site_is_back_where_its_agent_comes_back(

@@ -17,6 +17,7 @@ import pytest
 from headrace.errors import HeadraceError
 from headrace.joblog import SiteRecord
 from headrace.jobs import JobSpec
+from headrace.tasks import ended
 from headrace.wire import Slot
 from infra import siteusers
 from infra.credentials import write_private
@@ -25,13 +26,15 @@ from infra.programs import nats_program
 from infra.rights import ACCOUNT, ADMIN, agent_user
 from infra.settings import Settings
 from streams import topology
-from streams.link import Link, open_link
+from streams.follow import follow
+from streams.link import Link, open_link, reader_names
 from streams.log import Log, Record
 from streams.tables import Table
 from streams.topology import DEFAULT_TENANT, STREAM
 from tests.agents import Lab, there, until
 from tests.platforms import UpProcess
 from tests.sites import shell
+from workers.cancels import Cancels
 from workers.sites.base import SiteConfig
 
 
@@ -41,6 +44,10 @@ async def site_link(server: NatsServer, site: str, *tenants: str, moves: bool = 
     await server.serve_sites(siteusers.known(server.data), {DEFAULT_TENANT, *tenants})
     password = path.read_text().strip()
     return await open_link(server.url, user=agent_user(site), password=password, name=site, site=site)
+
+
+def admin_of(server: NatsServer, data: Path) -> Settings:
+    return Settings(nats_url=server.url, nats_user=ADMIN, nats_password_file=server.password_file(ADMIN), data_dir=data)
 
 
 @pytest.fixture
@@ -311,6 +318,30 @@ async def test_a_tenant_who_is_added_later_is_served_and_no_other(
     assert "jobs-stranger@lab" not in await topology.consumers(link.jetstream())
 
 
+async def test_the_users_are_looked_at_again_whatever_went_wrong(
+    nats_server: NatsServer, link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[Exception] = [nats.errors.SlowConsumerError("s", "r", 1, None), OSError("full")]  # type: ignore[arg-type]
+    write = NatsServer._write_config
+
+    def fails(server: NatsServer, sites: dict[str, dict[str, list[object]]]) -> None:
+        if failures:
+            raise failures.pop()
+        write(server, sites)
+
+    monkeypatch.setattr(NatsServer, "_write_config", fails)
+    password = siteusers.kept(nats_server.data, "lab").read_text().strip()
+    serving = asyncio.create_task(siteusers.serve_for_ever(nats_server, admin_of(nats_server, tmp_path)))
+    await until(lambda: not failures and bool(nats_server._sites.get("SITE-lab", {}).get("users")))
+    lab_link = await open_link(nats_server.url, user=agent_user("lab"), password=password, name="lab", site="lab")
+    lab_log = Log(lab_link)
+    await lab_log.start()
+    await lab_log.append([Record("hr.note.run.job.1", b"x")])
+    await lab_log.close()
+    await lab_link.close()
+    await ended([serving])
+
+
 async def test_only_a_site_that_may_hands_jobs_on(nats_server: NatsServer, log: Log, lab_log: Log) -> None:
     unit = [Record("hr.job.other.default.r.j", b"on"), Record("hr.lease.r.j", b"x", "hr.*.r.j")]
     with pytest.raises(HeadraceError):
@@ -323,6 +354,37 @@ async def test_only_a_site_that_may_hands_jobs_on(nats_server: NatsServer, log: 
     assert await log.last("hr.job.other.default.r.j") is not None
     await opened.close()
     await pilot.close()
+
+
+async def test_an_agent_that_begins_again_knows_what_its_dead_predecessor_was_told(
+    nats_server: NatsServer, lab: Lab, lab_link: Link, lab_log: Log
+) -> None:
+    """What a dead agent read with stays for a while, and has nothing more to tell."""
+    await lab.cancel("run")
+    dead = await site_link(nats_server, "lab")
+    for link in (dead, lab_link):
+        in_turn(link)
+    dead_log = Log(dead)
+    await dead_log.start()
+    read = follow(dead_log, [topology.cancel_subject("*", "*")], after=0)
+    assert len(await anext(read)) == 1
+    await dead_log.close()
+    await dead.nc.close()
+    await read.aclose()
+    cancels = Cancels(lab_log)
+    following = asyncio.create_task(cancels.follow())
+    async with asyncio.timeout(30):
+        await cancels.read.wait()
+    assert "run" in cancels
+    await ended([following])
+
+
+def in_turn(link: Link) -> None:
+    """Have the names of its consumers lent in the order of their numbers."""
+    while not link._readers.empty():
+        link._readers.get_nowait()
+    for name in reader_names("lab"):
+        link._readers.put_nowait(name)
 
 
 async def test_a_new_user_disturbs_no_other(nats_server: NatsServer, lab_link: Link, lab_log: Log) -> None:
@@ -341,7 +403,8 @@ def test_a_user_keeps_its_password_when_its_rights_change(tmp_path: Path) -> Non
     moving = siteusers.kept(tmp_path, "lab", moves=True)
     assert moving.read_text() == password
     assert [(user.site, user.moves) for user in siteusers.known(tmp_path)] == [("lab", True)]
-    siteusers.kept(tmp_path, "lab")
+    assert siteusers.kept(tmp_path, "lab") == moving  # as at each start of the platform
+    assert siteusers.kept(tmp_path, "lab", moves=False) == path
     assert [(user.site, user.moves) for user in siteusers.known(tmp_path)] == [("lab", False)]
 
 
@@ -350,12 +413,7 @@ def test_a_user_keeps_its_password_when_its_rights_change(tmp_path: Path) -> Non
 
 async def test_servers_of_ones_own_take_what_is_printed(link: Link, nats_server: NatsServer, tmp_path: Path) -> None:
     await topology.add_tenant(link, "acme")
-    admin = Settings(
-        nats_url=nats_server.url,
-        nats_user=ADMIN,
-        nats_password_file=nats_server.password_file(ADMIN),
-        data_dir=tmp_path,
-    )
+    admin = admin_of(nats_server, tmp_path)
     site = siteusers.user(siteusers.kept(tmp_path, "lab"))
     port = free_port()
     (tmp_path / "lab.conf").write_text(await siteusers.account(admin, site))

@@ -224,6 +224,15 @@ async def test_a_submission_that_timed_out_unheard_is_made_again(kind: Kind, sit
     assert kind.named(f"hr-{job.job_id}") == 1
 
 
+async def test_a_job_that_flux_took_and_whose_id_is_not_known_is_found_by_its_name(tmp_path: Path) -> None:
+    kind = Faked("flux", tmp_path)
+    (kind.folder / "fault-id").touch()
+    site, job = open_site(kind.config), submission(tmp_path, "flux-nameless", shell("true"))
+    asked = known(job, await site.submit(job))
+    assert (await ended(site, asked))[job.job_id].state == "completed"
+    assert kind.named(f"hr-{job.job_id}") == 1
+
+
 async def test_a_job_that_the_batch_system_refuses_is_rejected_with_its_words(
     site: BatchSystem, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from workers.sites.pbs import PBS_PRO, TORQUE, job_status, parse_jobs
 from workers.sites.records import Claim, Ended, Records
 from workers.sites.slurm import (
     STATES,
+    Slurm,
     count,
     exit_code,
     is_open,
@@ -451,3 +453,20 @@ def test_an_unknown_kind_of_site_is_an_error_that_names_those_there_are() -> Non
     with pytest.raises(BadRequest, match="'moab'") as error:
         open_site(SiteConfig(name="old", kind="moab", work="/work"))
     assert "slurm" in error.value.hint
+
+
+@pytest.mark.parametrize("odd", ["pipe", "without end"])
+def test_why_a_job_of_slurm_failed_is_not_read_from_what_is_no_file(tmp_path: Path, odd: str) -> None:
+    job = Known(job_id="a-1", native_id="7", folder=tmp_path)
+    records = Records(tmp_path)
+    records.make()
+    for lies_there in (records.stderr, records.path / "7.err"):
+        if odd == "pipe":
+            os.mkfifo(lies_there)
+        else:
+            lies_there.symlink_to("/dev/zero")
+    failed = JobStatus(native_id="7", state="failed", reason="exit_code", exit_code=1)
+    assert Slurm(site(None)).explain(job, failed) == failed
+    records.stderr.unlink()
+    records.stderr.write_text("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n")
+    assert Slurm(site(None)).explain(job, failed).reason == "out_of_memory"

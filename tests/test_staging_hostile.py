@@ -264,6 +264,7 @@ async def test_a_full_disk_at_a_job_is_a_matter_of_the_site(tmp_path: Path, monk
     with serving(Faulty(body=BODY)) as server:
         job = JobSpec(executable="x", inputs={"data": server.url})
         monkeypatch.setattr("workers.transfer.write_all", full)
+        (tmp_path / "job").mkdir()
         with pytest.raises(Unavailable, match="No space left"):
             await JobFolders(tmp_path / "site", stager_of(tmp_path)).bring(job, tmp_path / "job")
 
@@ -272,6 +273,7 @@ async def test_one_input_that_cannot_be_had_stops_the_others(tmp_path: Path) -> 
     with serving(Faulty(body=BODY)) as server:
         inputs = {f"in/{n}": f"{server.url}/{n}" for n in range(200)} | {"in/50": "https://10.0.0.1/x"}
         folder = tmp_path / "job"
+        folder.mkdir()
         with pytest.raises(HeadraceError, match="input 'in/50'"):
             await JobFolders(tmp_path / "site", stager_of(tmp_path)).bring(
                 JobSpec(executable="x", inputs=inputs), folder
@@ -282,6 +284,7 @@ async def test_one_input_that_cannot_be_had_stops_the_others(tmp_path: Path) -> 
 
 async def test_many_small_inputs_arrive_under_their_names(tmp_path: Path) -> None:
     inside = tmp_path / "data"
+    (tmp_path / "job").mkdir()
     stager = stager_of(tmp_path)
     names = [*(f"in/{n}" for n in range(150)), "\u00e4/\U0001f600.h5", "a b", "in/-rf", "in/$(x)"]
     with serving(Faulty(body=BODY[:1000])) as server:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from tests.test_sites_trouble import dies_as_it_looks
 from workers.jobpast import JobPast
 from workers.sites import open_site
 from workers.sites.base import BatchSystem
+from workers.sites.records import Records
 from workers.submitting import Submitter
 
 BEGUN = JobPast(fence=1)  # somebody had a lease
@@ -73,7 +77,7 @@ async def test_a_job_of_unknown_fate_is_not_clear_before_it_can_no_longer_come(
     assert (await ended(site, known(job, native_id)))["late"].state == "canceled"
 
 
-@pytest.mark.parametrize("text", ["../../elsewhere", "\0\n", "no-such-array"])
+@pytest.mark.parametrize("text", ["../../elsewhere", "\0\n", "no-such-array", 255 * "a"])
 async def test_a_job_that_says_that_it_belongs_to_an_array_belongs_to_none(
     site: BatchSystem, tmp_path: Path, text: str
 ) -> None:
@@ -82,3 +86,24 @@ async def test_a_job_that_says_that_it_belongs_to_an_array_belongs_to_none(
     await submitter.submit([job])
     (job.folder / ".headrace" / "array").write_text(text)
     assert submitter.array_of(job.folder) is None
+
+
+async def test_of_a_member_it_is_not_said_that_it_is_none_while_the_disk_is_away(
+    site: BatchSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitter = Submitter(site, tmp_path)
+    records = Records(tmp_path / "member")
+    records.make()
+    records.note_array("an-array")
+
+    def broken(number: int) -> Callable[[Path], bool]:
+        def exists(path: Path) -> bool:
+            raise OSError(number, os.strerror(number), str(path))
+
+        return exists
+
+    monkeypatch.setattr(Path, "exists", broken(errno.ESTALE))
+    with pytest.raises(OSError, match="Stale"):
+        submitter.array_of(records.folder)
+    monkeypatch.setattr(Path, "exists", broken(errno.EACCES))
+    assert submitter.array_of(records.folder) is None

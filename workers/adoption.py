@@ -292,7 +292,7 @@ class Adoption:
             invocation = decode(stored.body, Invocation)
             work = read_job(invocation)
         except msgspec.MsgspecError:
-            await self._commits.commit(*outcomes.unreadable(stored.subject, self._name, stored.at, now))
+            await self._commits.commit(*outcomes.unreadable(stored.subject, self._name, stored.at, now, past.fence))
             return True
         try:
             spec = msgspec.json.decode(await check_out(work.spec, self._blobs), type=JobSpec)

@@ -21,9 +21,9 @@ from functions.shares import Shares
 from headrace.errors import HeadraceError, Unavailable
 from headrace.tasks import ended
 from workers.attaching import Attaching
-from workers.burial import Burial
 from workers.cancels import Cancels
 from workers.commits import Commits, Fenced
+from workers.jobburial import JobBurial
 from workers.jobends import JobEnds
 from workers.jobfolders import DISK_HINT, JobFolders, reason_of
 from workers.jobhand import JobHand, Waiting
@@ -70,7 +70,7 @@ class Agent:
         self._submitter = Submitter(tools.system, self._folders.root)
         self._book = SiteBook(tools.sites, tools.site, tools.system, self._work, tools.name, tools.clock)
         self._book.ends_at = tools.ends_at
-        burial = Burial(tools.name, tools.log, self._commits, self._go_on, tools.clock)
+        burial = JobBurial(tools, self._folders, self._submitter, self._commits, self._go_on)
         self._hand = JobHand(tools.log, self._site, burial.later, tools.held_max)
         self._ends = JobEnds(
             agent=tools.name,
@@ -92,7 +92,7 @@ class Agent:
             tools,
             self._work,
             self._folders,
-            self._submitter,
+            burial,
             self._commits,
             self._ends,
             self._watch,
@@ -309,7 +309,7 @@ class Agent:
 
     async def _come_again(self, waiting: Waiting, error: HeadraceError) -> None:
         _log.info("job %s is submitted later: %s", waiting.invocation.invocation_id, error)
-        self._why.tell(waiting, str(error))
+        self._why.tell(waiting, error)
         after_s = self._delay_s(waiting)
         await waiting.give_back(min(after_s, BUSY_LOCAL_S_MAX) if self._tools.site.kind == "local" else after_s)
 
@@ -326,7 +326,7 @@ class Agent:
             raise
         except HeadraceError as error:
             _log.warning("job %s goes back: %s", identity, error)
-            self._why.tell(waiting, str(error))
+            self._why.tell(waiting, error)
             await waiting.give_back(self._delay_s(waiting))
         except Exception:
             _log.exception("job %s goes back", identity)
@@ -342,15 +342,19 @@ class Agent:
         """Remove the folders of jobs that ended long ago, and have those of ours that have not look new to others."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            kept = set()
-            for name, folder in self._watch.names():
-                array = await asyncio.to_thread(self._submitter.array_of, folder)
-                kept |= {name} if array is None else {name, self._submitter.folder_name(array)}
             try:
-                await self._work.check()
+                await self._sweep()
             except HeadraceError as error:
                 _log.warning("site %s: %s", self._site, error)
-                continue
-            gone = await self._folders.sweep(self._tools.site.keep_s, kept)
-            if gone:
-                _log.info("removed the folders of %d jobs", gone)
+            except OSError as error:
+                _log.warning("site %s: old folders stay for now: %s", self._site, reason_of(error))
+
+    async def _sweep(self) -> None:
+        kept = set()
+        for name, folder in self._watch.names():
+            array = await asyncio.to_thread(self._submitter.array_of, folder)
+            kept |= {name} if array is None else {name, self._submitter.folder_name(array)}
+        await self._work.check()
+        gone = await self._folders.sweep(self._tools.site.keep_s, kept)
+        if gone:
+            _log.info("removed the folders of %d jobs", gone)

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from functions import outcomes
 from functions.jobs import read_job
 from headrace.errors import BadRequest, HeadraceError, NotFound, Unavailable
 from headrace.joblog import Submitted
@@ -22,16 +21,17 @@ from headrace.jobs import JobSpec
 from headrace.wire import Invocation, Outcome, decode, encode
 from streams.log import AlreadyThere, Record
 from streams.stored import Stored
-from streams.topology import fence_subject, job_subject, kind_of, submit_subject
+from streams.topology import fence_subject, job_subject, submit_subject
 from workers.cancels import Cancels
 from workers.commits import APPEND_TIMEOUT_S, Commits, Fenced
+from workers.jobburial import JobBurial
 from workers.jobends import JobEnds
 from workers.jobfolders import JobFolders, reason_of
 from workers.jobpast import Job, JobPast, past_of, taken_over, unfinished
 from workers.jobtools import Tools
 from workers.jobwatch import Attached, JobWatch
 from workers.sites.base import JobStatus, Known
-from workers.submitting import Ready, Submitter
+from workers.submitting import Ready
 from workers.workfolder import WorkFolder
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Attaching:
         tools: Tools,
         work: WorkFolder,
         folders: JobFolders,
-        submitter: Submitter,
+        burial: JobBurial,
         commits: Commits,
         ends: JobEnds,
         watch: JobWatch,
@@ -63,7 +63,7 @@ class Attaching:
         self._clock = tools.clock
         self._work = work
         self._folders = folders
-        self._submitter = submitter
+        self._burial = burial
         self._commits = commits
         self._ends = ends
         self._watch = watch
@@ -204,21 +204,12 @@ class Attaching:
     async def _bury(self, run: str, identity: str) -> bool:
         """Cancel and end a job of which nobody can read what the log says; say whether that was done."""
         try:
-            newest = await self._log.last(fence_subject(run, identity))
             stored = await self._log.last(job_subject(self._site, "*", run, identity))
-            if stored is not None and (newest is None or kind_of(newest.subject) != "done"):
-                for each in await self._log.last_of_each([submit_subject(run, identity, "*", self._site)]):
-                    name = f"{identity}-{each.subject.split('.')[4]}"
-                    folder = self._folders.of(name)
-                    native_id = await self._submitter.find(name, folder)
-                    if native_id is not None:
-                        await self._tools.system.cancel([Known(job_id=name, native_id=native_id, folder=folder)])
-                fence = 0 if newest is None else newest.seq
-                buried = outcomes.unreadable(stored.subject, self._tools.name, stored.at, self._clock(), fence)
-                await self._commits.commit(*buried)
+            if stored is not None:
+                await self._burial.bury(stored.subject, stored.at)
         except Fenced:
             pass  # somebody else has it
-        except HeadraceError as error:
+        except (HeadraceError, OSError) as error:
             _log.warning("job %s is ended later: %s", identity, error)
             return False
         self.late.discard((run, identity))

@@ -46,11 +46,22 @@ class Burial:
         """End what a message stands for, beside all else; should that not work, the message comes again."""
         self._spawn(self._bury(arrived))
 
+    async def bury(self, subject: str, at: float) -> None:
+        """End what the message of a subject stands for, which was stored at this instant.
+
+        Raises:
+            Fenced: somebody else has it.
+            HeadraceError: it cannot be ended now.
+        """
+        await self._end(subject, at, 0)
+
+    async def _end(self, subject: str, at: float, fence: int) -> None:
+        await self._commits.commit(*outcomes.unreadable(subject, self._name, at, self._clock(), fence))
+
     async def _bury(self, arrived: Arrival) -> None:
         try:
-            outcome, unit = outcomes.unreadable(arrived.subject, self._name, arrived.at, self._clock())
-            await self._commits.commit(outcome, unit)
-        except (HeadraceError, Fenced) as error:
+            await self.bury(arrived.subject, arrived.at)
+        except (HeadraceError, OSError, Fenced) as error:
             _log.warning("message %d is not buried yet: %s", arrived.seq, error)
             return
         with contextlib.suppress(Exception):

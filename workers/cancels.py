@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
+from headrace.errors import Unavailable
 from streams.follow import follow
 from streams.log import Log
 from streams.topology import cancel_subject, run_of
@@ -37,8 +39,7 @@ class Cancels:
 
     async def follow(self) -> None:
         """Hear of cancels for ever."""
-        newest = await self._log.last(cancel_subject("*", "*"))
-        known_up_to = 0 if newest is None else newest.seq
+        known_up_to, read_up_to = await self._newest(), 0
         if not known_up_to:
             self.read.set()
         async with aclosing(follow(self._log, [cancel_subject("*", "*")], after=0)) as batches:
@@ -52,8 +53,17 @@ class Cancels:
                 while len(self._canceled) > CANCELS_KEPT_MAX:
                     self._canceled.popitem(last=False)
                 self._heard()
-                if not batch or batch[-1].seq >= known_up_to:
+                if batch:
+                    read_up_to = batch[-1].seq
+                elif not self.read.is_set():
+                    with contextlib.suppress(Unavailable):  # what was the newest may have become too old to be kept
+                        known_up_to = await self._newest()
+                if read_up_to >= known_up_to:
                     self.read.set()
+
+    async def _newest(self) -> int:
+        newest = await self._log.last(cancel_subject("*", "*"))
+        return 0 if newest is None else newest.seq
 
 
 class _Stopping:

@@ -20,10 +20,9 @@ from headrace.errors import BadRequest, HeadraceError, NotFound
 from headrace.jobs import JobSpec
 from headrace.wire import Said
 from workers.guard import open_inside
-from workers.sites.records import Records
+from workers.sites.records import Records, tail
 from workers.staging import Stager
 
-LAST_LINES_BYTES = 4096
 COPY_BYTES = 64 * 1024 * 1024
 INPUTS_AT_ONCE = 8
 OUTPUTS_AT_ONCE = 4
@@ -40,7 +39,8 @@ Tell = Callable[[Said], None]
 class Outputs(NamedTuple):
     """What a job left: the URIs of its outputs by name, and the names under which nothing was found.
 
-    ``refused`` tells of those under whose names something else than a file of the job's own lies.
+    ``refused`` tells of those under whose names something else than a file of the job's own lies, or a file that cannot
+    be kept, such as one that is still written to.
     """
 
     kept: dict[str, str]
@@ -141,13 +141,21 @@ class JobFolders:
                 except BadRequest as error:
                     refused.append(reason_of(error))
                     return
+                # By its descriptor: what lies under the name may be another thing by now.
+                file = Path(f"/proc/self/fd/{handle}")
                 try:
-                    # By its descriptor: what lies under the name may be another thing by now.
-                    kept[name] = await self._stager.store(Path(f"/proc/self/fd/{handle}"))
+                    kept[name] = await self._stager.store(file)
+                except HeadraceError as error:
+                    if error.transient:
+                        raise
+                    refused.append(reason_of(error).replace(str(file), ascii(name)[:200]))
                 finally:
                     os.close(handle)
 
-        await asyncio.gather(*(one(name) for name in spec.outputs))
+        # None of them goes on beside the next try. They are not stopped: a thread may be reading by the descriptor.
+        for error in await asyncio.gather(*(one(name) for name in spec.outputs), return_exceptions=True):
+            if error is not None:
+                raise error
         # The order of the specification, and not of who was first.
         return Outputs(
             {name: kept[name] for name in spec.outputs if name in kept},
@@ -227,13 +235,4 @@ def _copy(source: Path, folder: Path, name: str) -> None:
 
 
 def _last_lines(records: Records) -> str:
-    for path in (records.stderr, records.stdout):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LAST_LINES_BYTES))
-            text = file.read().decode(errors="replace")
-            if size > LAST_LINES_BYTES:
-                text = text.partition("\n")[2] or text
-            if text.strip():
-                return text
-    return ""
+    return next(filter(str.strip, map(tail, (records.stderr, records.stdout))), "")

@@ -121,6 +121,8 @@ class JobHand:
             asyncio.create_task(self._tend_for_ever(), name="jobs-tend"),
             asyncio.create_task(self._follow_tenants(), name="jobs-tenants"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(lambda _: self.stir())
 
     async def stop(self) -> None:
         """Ask for no more, and hand back what has not been begun; what was begun is still told to be in progress."""
@@ -138,9 +140,12 @@ class JobHand:
         self._stirred.set()
 
     async def changed(self) -> None:
-        """Return once a job has come, or ``stir`` was called."""
+        """Return once a job has come, or ``stir`` was called; raise what ended the asking for jobs."""
         await self._stirred.wait()
         self._stirred.clear()
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
     async def gathered(self) -> None:
         """Return once nothing more is expected to come at once."""
@@ -192,10 +197,9 @@ class JobHand:
         for gone in self._views.keys() - self._tenants:
             await self._close(gone)
         for tenant in sorted(self._tenants - self._views.keys()):
-            view = self._views[tenant] = JobView(
-                self._log.link, JobsOf(self._site, tenant), self._take, self._unsure.set
-            )
+            view = JobView(self._log.link, JobsOf(self._site, tenant), self._take, self._unsure.set)
             await view.start()
+            self._views[tenant] = view
         self._untended.set()
 
     async def _close(self, tenant: str) -> None:
@@ -236,7 +240,7 @@ class JobHand:
         while True:
             await self._untended.wait()
             self._untended.clear()
-            share, aside_max = self._share(), ASIDE_MAX // len(self._views)
+            share, aside_max = self._share(), ASIDE_MAX // max(1, len(self._views))
             for view in list(self._views.values()):
                 await view.tend(share, aside_max, self._let_go)
 

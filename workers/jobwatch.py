@@ -51,7 +51,7 @@ class Attached(Struct):
     submitted: Submitted
     state: JobState = "queued"
     status: JobStatus | None = None
-    canceled_at: float | None = None
+    cancel_tried_at: float | None = None
     overdue: bool = False
     ending: bool = False
 
@@ -195,8 +195,10 @@ class JobWatch:
         wait_s = min([self._round_s, *(at - loop.time() for at in self._looks)])
         now = self._clock()
         for job in self._jobs.values():
+            if job.ending or job.overdue:
+                continue
             left_s = useful_s(job.invocation, now)
-            if left_s is not None and not job.overdue:
+            if left_s is not None:
                 wait_s = min(wait_s, left_s)
         try:
             async with asyncio.timeout(max(0.0, wait_s)):
@@ -251,14 +253,19 @@ class JobWatch:
             left_s = useful_s(job.invocation, now)
             job.overdue |= left_s is not None and left_s <= 0
             if (job.overdue or job.run_id in self._canceled) and (
-                job.canceled_at is None or now - job.canceled_at > CANCEL_AGAIN_S
+                job.cancel_tried_at is None or now - job.cancel_tried_at > CANCEL_AGAIN_S
             ):
                 those.append(job)
         if not those:
             return
-        await self._system.cancel([job.known() for job in those])
         for job in those:
-            job.canceled_at = now
+            job.cancel_tried_at = now
+        try:
+            await self._system.cancel([job.known() for job in those])
+        except HeadraceError as error:  # how all others are may be told nevertheless
+            _log.warning("site %s: %d jobs are not canceled now: %s", self._system.config.name, len(those), error)
+            return
+        for job in those:
             if job.overdue and job.run_id not in self._canceled:
                 self._end(job, partial(self._keeper.give_up, job))
         self._round_s = self._least_s

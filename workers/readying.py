@@ -75,12 +75,14 @@ class Readying:
         invocation = waiting.invocation
         run, identity = invocation.run_id, invocation.invocation_id
         past = await past_of(self._log, self._site, run, identity)
-        if past.done is not None:
-            await self._commits.fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
-            await waiting.ack()
-            return None
         name = f"{identity}-{past.attempt}"
         folder = self._folders.of(name)
+        if past.done is not None:
+            await self._commits.fill(decode(past.done.body, Outcome), past.done.seq, past.done.at)
+            # What was being submitted as it ended has no record, and nobody watches it.
+            if past.submitted is not None or await self._is_clear(waiting, past, name, folder):
+                await waiting.ack()
+            return None
         if run in self._cancels:
             if await self._is_clear(waiting, past, name, folder):
                 await waiting.ack()

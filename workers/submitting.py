@@ -21,6 +21,7 @@ from msgspec import Struct
 from functions.ensembles import alike
 from headrace.errors import BadRequest, HeadraceError, TooLarge
 from headrace.jobs import RECORDS, JobSpec
+from workers.jobfolders import is_of_site
 from workers.jobhand import Waiting
 from workers.jobpast import JobPast
 from workers.sites.base import ARRAY_JOBS_MAX, ARRAY_KINDS, BatchSystem, Submission, SubmitBusy, SubmitRejected
@@ -133,9 +134,18 @@ class Submitter:
         return Records(folder if array_id is None else self._folder(array_id)).attempted_at()
 
     def array_of(self, folder: Path) -> str | None:
-        """Return the array that a job was submitted with, or is about to be, by the job's folder. Blocks."""
+        """Return the array that a job was submitted with, or is about to be, by the job's folder. Blocks.
+
+        Raises:
+            OSError: the disk does not tell it now.
+        """
         array_id = Records(folder).array_id()
-        return array_id if array_id and (self._folder(array_id) / RECORDS / _LIST).exists() else None
+        try:
+            return array_id if array_id and (self._folder(array_id) / RECORDS / _LIST).exists() else None
+        except OSError as error:
+            if is_of_site(error):  # of a member it must not be said that it is none: it would be submitted alone
+                raise
+            return None  # the job names a folder that is none of ours
 
     def folder_name(self, array_id: str) -> str:
         """Return the name of an array's own folder, which is beside those of its jobs."""

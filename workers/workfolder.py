@@ -66,30 +66,50 @@ class WorkFolder:
 
     def _open(self, known: str, anew: bool) -> str:
         found = self._read()
-        if not found and known and not anew:
+        if found is None and known and not anew:
             raise Conflict(
                 f"{self.path} is not the work folder by which the platform knows the site {self._name}: it has no"
                 f" {self.mark.name}",
                 hint="Mount it, or give this site a name of its own. Where that folder is gone for good, make this one"
                 f" take its place: echo {known} >{self.mark}",
             )
-        if found:
-            return found
+        if found is None:
+            self._leave_mark()
+            found = self._read()
+        if not found:
+            raise Conflict(
+                f"{self.mark} has no id in it",
+                hint=f"Write the one in by which the platform knows this site: echo {known} >{self.mark}"
+                if known
+                else "Remove it, and start again: the platform knows no site by it.",
+            )
+        return found
+
+    def _leave_mark(self) -> None:
+        """Make the folder and its mark, which is whole on the disk before it has its name: it may lose power."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside = self.mark.with_name(f"{self.mark.name}.{uuid4().hex[:8]}")
-        aside.write_text(f"{uuid4().hex}\n")
         try:
+            with aside.open("w") as file:
+                file.write(f"{uuid4().hex}\n")
+                file.flush()
+                os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):  # another agent of this site was first
                 os.link(aside, self.mark)
         finally:
-            aside.unlink()
-        return self._read()
+            aside.unlink(missing_ok=True)
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
-    def _read(self) -> str:
+    def _read(self) -> str | None:
+        """Return the id in the mark; None where there is no mark."""
         try:
             return self.mark.read_text().strip()
         except FileNotFoundError:
-            return ""
+            return None
 
     def _missing(self) -> str:
         try:
@@ -98,7 +118,7 @@ class WorkFolder:
             return reason_of(error)
         if found == self.id:
             return ""
-        return f"{self.path} is not the folder it was: {self.mark.name} is {'another one' if found else 'not there'}"
+        return f"{self.path} is not the folder it was: {self.mark.name} is {_instead(found)}"
 
     def _probe(self) -> str:
         probe = self.mark.with_name(f"{self.mark.name}.look")
@@ -113,3 +133,10 @@ class WorkFolder:
         except OSError as error:
             return reason_of(error)
         return ""
+
+
+def _instead(found: str | None) -> str:
+    """Return what is said of a mark that has not the id that it had."""
+    if found is None:
+        return "not there"
+    return "another one" if found else "empty"

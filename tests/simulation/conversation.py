@@ -125,13 +125,13 @@ class Talk:
             message.subject,
         )
 
-    async def consumer(self, name: str, **config: Any) -> None:
-        """Create a consumer."""
-        request = {"stream_name": STREAM, "config": {"name": name, **config}}
+    async def consumer(self, name: str, action: str = "", **config: Any) -> None:
+        """Create a consumer; with the action ``create`` only one that is not there."""
+        request = {"stream_name": STREAM, "config": {"name": name, **config}, "action": action}
         found = json.loads(
             (await self.ask(f"$JS.API.CONSUMER.CREATE.{STREAM}.{name}", json.dumps(request).encode())).data
         )
-        self.note(f"create {name}", found.get("name") == name, "error" in found)
+        self.note(f"create {name}", found.get("name") == name, found.get("error", {}).get("err_code"))
 
     async def knows(self, name: str) -> bool:
         """Say whether a consumer's name is among those of all."""
@@ -325,7 +325,7 @@ async def _requests(talk: Talk) -> None:
 
 
 async def _followers(talk: Talk) -> None:
-    config = {
+    config: dict[str, Any] = {
         "ack_policy": "none",
         "deliver_policy": "by_start_sequence",
         "opt_start_seq": talk.first + 2,
@@ -339,6 +339,13 @@ async def _followers(talk: Talk) -> None:
     await talk.consumer("f2", filter_subject="hr.cancel.*.*", **config)
     await talk.pull("f2", 4)
     talk.note("nothing yet", await talk.until_quiet())
+    await talk.consumer("f3", "create", filter_subject="hr.done.>", description="one", **config)
+    await talk.pull("f3", 4)
+    talk.note("it is used", [talk.arrived(m) for m in await talk.until_quiet()])
+    await talk.consumer("f3", "create", filter_subject="hr.done.>", description="one", **config)  # it is the same
+    await talk.consumer("f3", "create", filter_subject="hr.done.>", description="two", **config)  # it is not ours
+    await talk.pull("f3", 1)
+    talk.note("it stays where it is", [talk.arrived(m) for m in await talk.until_quiet()])
     await talk.put("a cancel", "hr.cancel.r1.user", 0)
     await talk.put("a guard on all cancels", "hr.note.r1.i1.2", 0, "hr.cancel.r1.*")
     talk.note("it comes", [talk.arrived(m) for m in await talk.until_quiet()])

@@ -25,6 +25,7 @@ EPOCH = 1_800_000_000.0  # when every simulation begins, in epoch seconds
 EXPECT = "Nats-Expected-Last-Subject-Sequence"
 EXPECT_ON = "Nats-Expected-Last-Subject-Sequence-Subject"
 WRONG_LAST = 10071
+TAKEN = 10148
 GUARD_IN_BATCH = 10164
 BATCH_INCOMPLETE = 10176
 BATCH_OPEN_S = 5.0
@@ -69,6 +70,7 @@ class _Progress:
 class _Consumer:
     def __init__(self, name: str, config: dict[str, Any]) -> None:
         self.name = name
+        self.config = config
         filters = config.get("filter_subjects") or [config.get("filter_subject") or ">"]
         self.filters = [tuple(f.split(".")) for f in filters]
         self.explicit = config.get("ack_policy") == "explicit"
@@ -186,7 +188,7 @@ class SimServer:
             state = {"last_seq": len(self.log), "bytes": 0}
             self._answer(reply, msgspec.json.encode({"config": {"max_bytes": -1}, "state": state}))
         elif subject.startswith(_CREATE):
-            self._answer(reply, self._create(msgspec.json.decode(body)["config"]))
+            self._answer(reply, self._create(**msgspec.json.decode(body)))
         elif subject == _NAMES:
             names = sorted(self._consumers)[msgspec.json.decode(body)["offset"] :][:NAMES_MAX]
             self._answer(reply, msgspec.json.encode({"total": len(self._consumers), "consumers": names}))
@@ -317,9 +319,10 @@ class SimServer:
 
     # ------------------------------------------------------------ consumers
 
-    def _create(self, config: dict[str, Any]) -> bytes:
+    def _create(self, config: dict[str, Any], action: str = "", **_: Any) -> bytes:
         name = config.get("name") or config["durable_name"]
-        self.add_consumer(name, config)
+        if self.add_consumer(name, config).config != config and action == "create":
+            return _refusal(TAKEN)
         zero = {"consumer_seq": 0, "stream_seq": 0}
         return msgspec.json.encode(
             {
@@ -343,10 +346,10 @@ class SimServer:
         made = {"stream_name": STREAM, "name": name, "config": {"name": name}, "created": "2027-01-15T08:00:00Z"}
         return msgspec.json.encode({**made, **numbers, **floor})
 
-    def add_consumer(self, name: str, config: dict[str, Any]) -> None:
-        """Create a consumer; one that exists stays as it is."""
+    def add_consumer(self, name: str, config: dict[str, Any]) -> _Consumer:
+        """Create a consumer and return it; one that exists stays as it is."""
         if name in self._consumers:
-            return
+            return self._consumers[name]
         consumer = self._consumers[name] = _Consumer(name, config)
         for head in {_head(f) for f in consumer.filters}:
             self._by_head.setdefault(head, []).append(consumer)
@@ -354,6 +357,7 @@ class SimServer:
         self._fill(consumer)
         if consumer.inactive_s:
             self.loop.later(consumer.inactive_s, self._tidy, consumer)
+        return consumer
 
     def _fill(self, consumer: _Consumer) -> None:
         """Line up what the consumer has not delivered yet."""

@@ -46,7 +46,6 @@ from workers.sites.records import NOT_BEGUN, Claim, Ended, Records
 _log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 0.5
-TAIL_BYTES = 4096
 ASK_MANY_MAX = 500
 NOT_BEGUN_DETAIL = "its program was not begun: its node could not read or write the job's folder"
 
@@ -368,16 +367,6 @@ def refuse(job: Submission, dialect: str, reserved: Callable[[str], bool]) -> No
 def abbreviates(options: Collection[str]) -> Callable[[str], bool]:
     """Return what says whether a word is taken for one of these options: their first letters are enough to many."""
     return lambda word: any(option.startswith(word) for option in options)
-
-
-def tail(path: Path) -> str:
-    """Return the end of a file; nothing where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def judge(

@@ -191,9 +191,15 @@ class Unpolled:
             executor.generate_submit_script(job, executor._create_script_context(job), file)  # noqa: SLF001
         try:
             said = self._run_command(executor.get_submit_command(job, script))
-            job._native_id = executor.job_id_from_submit_output(said)  # noqa: SLF001
         except Failed as error:
             raise psij.SubmitException(error.output) from None
+        try:
+            job._native_id = executor.job_id_from_submit_output(said)  # noqa: SLF001
+        except (Failed, psij.SubmitException, IndexError) as error:
+            # It was taken, and its id is not known: that is no refusal.
+            raise SiteUnreachable(
+                f"{self.site.name}: the id of a job that was submitted is not known: {error}", hint="It is looked up."
+            ) from error
 
     def _get_launcher_from_job(self, job: psij.Job) -> Launcher:
         assert isinstance(job, Job)  # noqa: S101 - no others are made

@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 SETSID = "/usr/bin/setsid"
 # A line of the job's own script: what shares the machine with it has deadlines of seconds, and a job has not.
 YIELD = "renice -n 10 -p $$ >/dev/null 2>&1"
+BUSY_HINT = "It is started as others end."
 UNSEEN_S = 5.0  # a process is there as soon as it is started, and gone as soon as it has ended
 
 
@@ -171,11 +172,11 @@ class Local(Blocking):
         running = self._processes()
         taken = {device for other in running.values() for device in other.devices}
         free = [device for device in self._gpus if device not in taken]
-        if len(running) >= self._places or wanted > len(free):
-            raise SubmitBusy(
-                f"{self.config.name} runs {len(running)} jobs and has {len(free)} GPUs free.",
-                hint="It is started as others end.",
-            )
+        # Without what changes as others come and go: why a job waits is told anew where it reads anew.
+        if len(running) >= self._places:
+            raise SubmitBusy(f"{self.config.name} runs {self._places} jobs at once.", hint=BUSY_HINT)
+        if wanted > len(free):
+            raise SubmitBusy(f"{self.config.name} has fewer GPUs free than the {wanted} it needs.", hint=BUSY_HINT)
         return free[:wanted]
 
     def _find(self, job_id: str, records: Records) -> str | None:

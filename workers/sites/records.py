@@ -21,7 +21,9 @@ from typing import TypeVar
 
 from msgspec import Struct
 
+from headrace.errors import HeadraceError
 from headrace.jobs import REASONS, RECORDS, Reason
+from workers.guard import open_inside
 from workers.sites.base import SubmitUnsure
 
 DUPLICATE_EXIT_CODE = 113
@@ -29,9 +31,10 @@ UNCLAIMED_EXIT_CODE = 114  # the disk took no claim, and what runs without one m
 # What a shell says of a script that is not there, or not to be read: the launcher is in the job's folder, too.
 NOT_BEGUN = (DUPLICATE_EXIT_CODE, UNCLAIMED_EXIT_CODE, 126, 127)
 RECORD_BYTES_MAX = 4096
+TAIL_BYTES = 4096
 EXIT_CODE_MAX = 255
 INSTANT_MAX = 1e11
-_ID = re.compile(r"[A-Za-z0-9_.\[\]-]{1,255}")
+_ID = re.compile(r"[A-Za-z0-9_.\[\]-]{1,200}")  # with what is put before or behind it, still the name of a file
 T = TypeVar("T")
 # A job's own name for itself, by the variables of the batch systems; a plain machine has the process id.
 NATIVE_ID = (
@@ -227,6 +230,22 @@ class Records:
     def forget_attempt(self) -> None:
         """Note that no submission is of unknown fate any more."""
         (self.path / "attempt").unlink(missing_ok=True)
+
+
+def tail(path: Path) -> str:
+    """Return the last lines of what a job wrote, of ``TAIL_BYTES`` at most; nothing where there is no file. Blocks.
+
+    The job may have put there what never ends, or blocks who opens it.
+    """
+    with suppress(OSError, HeadraceError):
+        handle = open_inside(path.parent, path.name)
+        try:
+            size = os.fstat(handle).st_size
+            text = os.pread(handle, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
+        finally:
+            os.close(handle)
+        return text if size <= TAIL_BYTES else text.partition("\n")[2] or text
+    return ""
 
 
 def _harmless(lines: str) -> str:

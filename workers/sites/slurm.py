@@ -27,9 +27,9 @@ from workers.sites.base import (
     Submission,
     is_signal,
 )
-from workers.sites.batch import ASK_MANY_MAX, NOT_BEGUN_DETAIL, abbreviates, away, refuse, tail
+from workers.sites.batch import ASK_MANY_MAX, NOT_BEGUN_DETAIL, abbreviates, away, refuse
 from workers.sites.executors import Failed, Mended, Missing, run_command
-from workers.sites.records import Records
+from workers.sites.records import Records, tail
 
 STATES: dict[str, tuple[JobState, Reason]] = {
     "PENDING": ("queued", ""),
