@@ -21,6 +21,8 @@ from streams.topology import STREAM
 
 IDLE_S = 5.0
 INACTIVE_S = 60.0
+# The user of a site has few names for its consumers: those of an agent that was killed must be free again soon.
+SITE_INACTIVE_S = 10.0
 RETRY_S = 0.5
 CREATE_TIMEOUT_S = 5.0
 
@@ -94,7 +96,7 @@ class _Reader:
             # taken for ours with all that it has delivered.
             description=uuid4().hex,
             ack_policy=AckPolicy.NONE,
-            inactive_threshold=INACTIVE_S,
+            inactive_threshold=SITE_INACTIVE_S if self._log.link.site else INACTIVE_S,
             mem_storage=True,
             num_replicas=1,
             max_waiting=8,

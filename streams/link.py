@@ -28,7 +28,7 @@ PENDING_BYTES_MAX = 64 * 1024 * 1024
 API = "$JS.API"
 # An account without streams of its own cannot import the API of another one under this name: the server answers itself.
 SITE_API = "site.API"
-READERS = 8
+READERS = 16
 
 
 class _Client(NatsClient):

@@ -154,7 +154,7 @@ async def run(trial: Trial) -> Result:
         kills=weather.done["agent killed"],
         figures=_figures(found, weather.done, views, restarts),
         notes=[
-            "out of memory is not tried: without cgroups, Slurm does not see it; its word is in tests/test_sites_words"
+            "out of memory is not tried here: tests/test_agent_slurm has a program that takes too much on a real Slurm"
         ],
     )
 
