@@ -270,6 +270,7 @@ def demo_process(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]
             process.stdout.close()
 
 
+@pytest.mark.alone  # it keeps real deadlines
 async def test_the_demo_answers_everything_right_stays_when_asked_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with demo_process(tmp_path, "--stay") as process:
         shown = await asyncio.wait_for(asyncio.to_thread(_until_ready, process), 90)
@@ -286,6 +287,7 @@ async def test_the_demo_answers_everything_right_stays_when_asked_and_leaves_not
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.alone  # so does this one
 def test_a_simulation_in_the_queue_of_a_slurm_is_right_and_on_time() -> None:
     if names := missing():
         pytest.skip(f"needs Slurm, without {', '.join(names)}: apt-get install slurm-wlm munge")
