@@ -47,6 +47,8 @@ def test_the_command_starts_tells_and_stops(tmp_path: Path) -> None:
         cluster = Cluster(tmp_path / "lab")
         job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 600").strip()
         assert job in cluster.jobs()
+        # One whose parent is gone is lost to Slurm, which knows processes by their parents here.
+        cluster.run("sbatch", "--wait", "--output=/dev/null", "--wrap=setsid sleep 600 &")
         pids = [pid for pid in cluster.running().values() if pid]
         assert len(pids) == 4
     finally:
@@ -55,7 +57,8 @@ def test_the_command_starts_tells_and_stops(tmp_path: Path) -> None:
     left = [fields for pid in pids if (fields := process_fields(pid))]
     assert [fields for fields in left if fields[0] != "Z"] == []  # whoever adopted them may take his time
     for node in ("n1", "n2"):
-        assert not processes_marked("HEADRACE_SLURM_NODE", f"{tmp_path / 'lab'}:{node}")
+        assert not processes_marked({"SLURM_CONF": cluster.env["SLURM_CONF"], "SLURMD_NODENAME": node})
+        assert not processes_marked({"HEADRACE_SLURM_NODE": f"{tmp_path / 'lab'}:{node}"})
 
 
 def test_an_ordinary_user_has_a_whole_cluster(tmp_path: Path) -> None:

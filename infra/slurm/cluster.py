@@ -98,7 +98,7 @@ class Cluster:
             self.run("scancel", f"--user={os.getuid()}", check=False)
         for name, daemon in self.nodes.items():
             daemon.stop()
-            _kill(processes_marked(MARK, self._mark(name)))
+            _kill(self._processes(name))
         self.controller.stop()
         self.munged.stop()
         self.layout.munge_socket.unlink(missing_ok=True)
@@ -225,7 +225,7 @@ class Cluster:
         The controller takes note after its own time: ``NODE_SILENT_S`` and up to half a minute for a node with a job.
         """
         marked: set[int] = set()
-        while more := processes_marked(MARK, self._mark(node)) - marked:
+        while more := self._processes(node) - marked:
             _kill(more, signal.SIGSTOP)  # so that none of them sees another one die and tells of it, or begins another
             marked |= more
         _kill(marked)
@@ -268,6 +268,14 @@ class Cluster:
             env[MARK] = self._mark(node)
         name = program if node is None else f"{program}-{node}"
         return Daemon(name, [_program(program) or program, *arguments], env, folder / "run", folder / "log")
+
+    def _processes(self, node: str) -> set[int]:
+        """Return what runs on a node: its daemon's processes, and those of jobs, also where Slurm has lost them.
+
+        A program whose script is killed as it begins has no parent, by which Slurm knows processes here.
+        """
+        ours = {"SLURM_CONF": self.env["SLURM_CONF"], "SLURMD_NODENAME": node}
+        return processes_marked({MARK: self._mark(node)}, ours)
 
     def _mark(self, node: str) -> str:
         return f"{self.layout.folder}:{node}"

@@ -108,9 +108,9 @@ def process_fields(pid: int) -> list[str] | None:
         return None
 
 
-def processes_marked(variable: str, value: str) -> set[int]:
-    """Return the processes that were started with this variable, and all that descend from them."""
-    wanted = f"{variable}={value}".encode()
+def processes_marked(*marks: Mapping[str, str]) -> set[int]:
+    """Return the processes that were started with all variables of one of these, and all that descend from them."""
+    wanted = [{f"{name}={value}".encode() for name, value in mark.items()} for mark in marks]
     parents: dict[int, int] = {}
     marked: set[int] = set()
     for entry in Path("/proc").iterdir():
@@ -122,7 +122,8 @@ def processes_marked(variable: str, value: str) -> set[int]:
             continue
         parents[pid] = int(fields[PARENT])
         with suppress(OSError):
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+            variables = set((entry / "environ").read_bytes().split(b"\0"))
+            if any(mark <= variables for mark in wanted):
                 marked.add(pid)
     grew = True
     while grew:
