@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import random
+import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import uuid4
@@ -29,6 +31,7 @@ API = "$JS.API"
 # An account without streams of its own cannot import the API of another one under this name: the server answers itself.
 SITE_API = "site.API"
 READERS = 16
+SAY_AGAIN_S = 10.0
 
 
 class _Client(NatsClient):
@@ -92,6 +95,7 @@ class Link:
             self._readers.put_nowait(name)
         self.nc: NatsClient = _Client()
         self.last_error = ""
+        self._said, self._said_at = "", 0.0
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
         self._lost: list[Callable[[], None]] = []
         self._up = asyncio.Event()
@@ -162,10 +166,13 @@ class Link:
 
     async def failed(self, error: Exception) -> None:
         """Called by the client when something goes wrong in the background."""
-        if not self.last_error or not isinstance(error, OSError):
+        if not self.last_error or not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
             # A server that refuses somebody may reset the connection before its reason is read: the reason says more.
             self.last_error = str(error)
-        _log.warning("NATS says: %s", error)
+        said, now = str(error), time.monotonic()
+        if said != self._said or now - self._said_at >= SAY_AGAIN_S:  # it is tried ten times a second
+            self._said, self._said_at = said, now
+            _log.warning("NATS says: %s", error)
 
     async def close(self) -> None:
         """Send what is waiting and close; an unreachable server does not hold this up."""
