@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tests.authority import Authority
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[tuple[Authority, str]]:
+def server(tmp_path: Path) -> Iterator[tuple[Authority, str]]:
     """A nats-server that speaks TLS alone, and the authority that speaks for it."""
     authority, port = Authority(tmp_path), free_port()
     authority.server("DNS:localhost")
